@@ -1,0 +1,32 @@
+"""Every error a user can cause. The command line prints one as a single line and exits with 2.
+
+A message says what was found, what was expected, where, and what to do next. Anything else that
+escapes is a defect of odqa and shows its traceback.
+"""
+
+
+class OdqaError(Exception):
+    """Base of all errors that are the input's fault, not the program's."""
+
+
+class RecipeError(OdqaError):
+    """A recipe that does not say what it should; carries all mistakes of the file at once."""
+
+
+class DataError(OdqaError):
+    """An input file or value that cannot be used: missing, damaged, of another format or out of range."""
+
+
+class ArtifactError(OdqaError):
+    """A folder that is not a finished artifact, or one whose files are not those its manifest lists."""
+
+
+class ArtifactMismatch(ArtifactError):
+    """An artifact that is sound but belongs to something else: another encoder, backbone or question set."""
+
+
+class MissingExtra(OdqaError):
+    """An optional dependency that is not installed; names the extra that brings it."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(f"{what} needs {package}, which is not installed. Install it with: pip install 'odqa[{extra}]'")

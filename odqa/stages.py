@@ -1,0 +1,65 @@
+"""The five stages of a pipeline, as protocols.
+
+Batch in, batch out, same length and same order. Settings belong to a stage's constructor; a stage sees queries, never
+gold answers, and keeps nothing between calls that changes a result. Each protocol has one conformance test class
+(`tests/unit/conformance.py`) that every implementation passes.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from odqa.types import Answer, Hit, LatentContext, PackedContext, Query, TokenCosts
+
+
+@runtime_checkable
+class Retriever(Protocol):
+    """Finds passages."""
+
+    def retrieve(self, queries: Sequence[Query], k: int) -> list[list[Hit]]:
+        """At most k hits a query, best first, no passage twice; fewer only if fewer match. k < 1 is a ValueError."""
+        ...
+
+
+@runtime_checkable
+class Reranker(Protocol):
+    """Re-scores hits, reading question and passage together."""
+
+    def rerank(self, queries: Sequence[Query], hits: Sequence[Sequence[Hit]]) -> list[list[Hit]]:
+        """The same passages in a new order with new scores, best first; ties keep the incoming order."""
+        ...
+
+
+@runtime_checkable
+class Packer(Protocol):
+    """Fits passages into the reader's window."""
+
+    def pack(self, queries: Sequence[Query], hits: Sequence[Sequence[Hit]]) -> list[PackedContext]:
+        """One context a query; what is packed is what the reader sees, to the token."""
+        ...
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Answers from a packed context, with a language model whose weights never change."""
+
+    def read(self, contexts: Sequence[PackedContext]) -> list[Answer]:
+        """One answer a context; an empty text abstains."""
+        ...
+
+    def costs(self, query: Query, hits: Sequence[Hit]) -> TokenCosts:
+        """The exact price of each hit in tokens, by the reader's own tokenizer; the packer budgets with nothing else.
+
+        Raises DataError if the question alone does not fit the window.
+        """
+        ...
+
+
+@runtime_checkable
+class Recursion(Protocol):
+    """Decides what happens after a pass; the type of what it returns is the control flow."""
+
+    def again(
+        self, contexts: Sequence[PackedContext], answers: Sequence[Answer], pass_no: int
+    ) -> list[Query | PackedContext | LatentContext | None]:
+        """Per query: a Query retrieves again, a PackedContext or LatentContext is read again, None stops."""
+        ...

@@ -1,0 +1,151 @@
+"""The values that travel between stages: frozen, slotted, standard library only.
+
+The order of a list is its rank. Nothing here knows a gold answer except `Gold`, and no stage ever sees one:
+`odqa.evaluate` joins traces with gold after a run.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A block of text of a collection, with the title of the article it is from (may be empty)."""
+
+    id: str
+    text: str
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A question as it enters the pipeline."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gold:
+    """What is known to be right for a query; no answers means: only abstaining is right."""
+
+    query_id: str
+    answers: tuple[str, ...]
+    passage_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A passage that a stage proposes for a query; `source` names the stage that gave `score` (higher is better)."""
+
+    passage: Passage
+    score: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A hit that was not packed, and why."""
+
+    passage_id: str
+    reason: Literal["does not fit", "duplicate", "over the limit"]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCosts:
+    """What a reader charges for one query, in tokens summed over all its forward passes.
+
+    `fixed` is spent whatever is packed (question, instruction, answer prefix). `passages` has one entry a hit: its own
+    price with title and separators, or None if the reader can never read it whole. Prices add up exactly. `limit` is
+    the most that the reader's window allows in all (None: it reads passages apart, only a budget bounds their number).
+    """
+
+    fixed: int
+    passages: tuple[int | None, ...]
+    limit: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PackedContext:
+    """What the reader really sees for one query.
+
+    `hits` are the packed passages in reading order. `tokens` counts every token given to the reader over all its
+    forward passes (question, separators and titles included); never more than `budget`. `text` is the context as a
+    generative reader's prompt shows it; a reader that sees passages apart uses `hits`.
+    """
+
+    query: Query
+    text: str
+    hits: tuple[Hit, ...]
+    tokens: int
+    budget: int
+    dropped: tuple[Dropped, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LatentContext:
+    """Vectors of an earlier pass to read again; `handle` means something to the reader that made it, to nobody else."""
+
+    query: Query
+    handle: object
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A possible answer: `logprob` in nats, the passage it was found in (None for a generated one), its characters there."""
+
+    text: str
+    logprob: float
+    passage_id: str | None = None
+    start: int | None = None
+    end: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A reader's answer to one query; an empty `text` means that it abstained. `score` is a log-probability in nats."""
+
+    query_id: str
+    text: str
+    score: float
+    candidates: tuple[Candidate, ...] = ()
+    passes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one stage did for one query in one pass.
+
+    `seconds` is this query's share of a batch of `batch` queries. `ids`, `scores` and `tokens` go together, best first:
+    passages for retrieve, rerank and pack (tokens only for pack), nothing for read. `notes` holds what a stage wants
+    explained, such as why passages were dropped.
+    """
+
+    stage: str
+    pass_no: int
+    seconds: float
+    batch: int
+    ids: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+    tokens: tuple[int, ...] = ()
+    notes: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Everything that happened to one query, in order; `answers` holds one answer per pass, the last one counts."""
+
+    query: Query
+    steps: tuple[Step, ...]
+    answers: tuple[Answer, ...]
+    contexts: tuple[PackedContext, ...] = ()
+
+    @property
+    def answer(self) -> Answer:
+        """The answer of the last pass."""
+        return self.answers[-1]
+
+
+Hits = Sequence[Hit]
