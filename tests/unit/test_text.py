@@ -1,0 +1,241 @@
+"""odqa.text against slow, plain readings of the same definitions, and against the traps that other tools fell into."""
+
+import csv
+import gzip
+import json
+import os
+import unicodedata
+from pathlib import Path
+
+import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from odqa.text import (
+    answer_spans,
+    broken_patterns,
+    exact_match,
+    f1,
+    has_answer,
+    normalize_answer,
+    token_string,
+    tokenize,
+)
+
+# --- an independent reading of DPR's definition: token lists, compared position by position ---------------------------
+
+
+def slow_tokens(text: str) -> list[str]:
+    pattern = regex.compile(
+        r"([\p{L}\p{N}\p{M}]+)|([^\p{Z}\p{C}])", flags=regex.IGNORECASE + regex.UNICODE + regex.MULTILINE
+    )
+    return [match.group().lower() for match in pattern.finditer(unicodedata.normalize("NFD", text))]
+
+
+def slow_has_answer(text: str, answers: list[str]) -> bool:
+    words = slow_tokens(text)
+    wanted = [slow_tokens(answer) for answer in answers]
+    return any(words[i : i + len(w)] == w for w in wanted if w for i in range(len(words) - len(w) + 1))
+
+
+# Letters that lower, compose, decompose and reorder in odd ways, marks, punctuation, blanks and control characters.
+ODD = (
+    "aAbBe10 .,'\"-$<\t\n\u00a0\u200b\u00ad\u00e9\u0301\u0327\u0323\u226e\u0338\u0345"
+    "\u0130\u03a3\u03c3\u03c2\u1e9e\ufb01\uac00\u00bd\U0001f600"
+)
+texts = st.text(alphabet=ODD, max_size=30) | st.text(max_size=30)
+
+
+@st.composite
+def text_and_answers(draw: st.DrawFn) -> tuple[str, list[str]]:
+    """A text, pieces of it, and strangers."""
+    text = draw(texts)
+    cuts = st.tuples(st.integers(0, len(text)), st.integers(0, len(text))).map(sorted)
+    pieces = draw(st.lists(cuts.map(lambda cut: text[cut[0] : cut[1]]), max_size=3))
+    return text, pieces + draw(st.lists(texts, max_size=2))
+
+
+@given(text_and_answers())
+@settings(max_examples=500, deadline=None)
+def test_has_answer_equals_a_plain_reading_of_dpr(case: tuple[str, list[str]]) -> None:
+    text, answers = case
+    assert has_answer(text, answers) == slow_has_answer(text, answers)
+
+
+@given(text_and_answers())
+@settings(max_examples=500, deadline=None)
+def test_answer_spans_are_empty_exactly_if_has_answer_is_false(case: tuple[str, list[str]]) -> None:
+    text, answers = case
+    assert bool(answer_spans(text, answers)) == has_answer(text, answers)
+
+
+@given(text_and_answers())
+@settings(max_examples=500, deadline=None)
+def test_every_span_of_the_original_text_contains_the_answer_again(case: tuple[str, list[str]]) -> None:
+    text, answers = case
+    spans = answer_spans(text, answers)
+    assert spans == sorted(set(spans))
+    for start, end in spans:
+        assert 0 <= start < end <= len(text)
+        assert slow_has_answer(text[start:end], answers)
+
+
+@given(texts)
+@settings(max_examples=300, deadline=None)
+def test_ascii_shortcut_and_joined_lowering_give_drqas_tokens(text: str) -> None:
+    assert tokenize(text) == slow_tokens(text)
+
+
+def test_every_ascii_character_has_the_same_tokens_in_both_tokenizers() -> None:
+    for code in range(128):
+        text = f"a{chr(code)}b"
+        assert tokenize(text) == slow_tokens(text), repr(text)
+
+
+# --- has_answer: the known traps --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "found"),
+    [
+        ("It happened in 2010.", "10", False),  # tokens, not characters
+        ("It took 10, not 20.", "10", True),
+        ("New York City", "york city", True),
+        ("New York, City", "york city", False),  # the comma is a token of its own
+        ("the U.S. Army", "U.S.", True),
+        ("the US Army", "U.S.", False),
+        ("Beyonce\u0301 sang", "Beyonc\u00e9", True),  # decomposed and composed are the same
+        ("Beyonce sang", "Beyonc\u00e9", False),  # but accents count
+        ("It cost $5 (!)", "!", True),  # punctuation alone is a token
+        ("It cost 5", "$", False),
+        ("STRASSE", "stra\u00dfe", False),  # lower case is not case folding
+        ("anything", "", False),  # here DPR says True
+        ("anything", " \t\u200b", False),
+        ("", "x", False),
+    ],
+)
+def test_has_answer_matches_whole_tokens_only(text: str, answer: str, found: bool) -> None:
+    assert has_answer(text, [answer]) is found
+
+
+def test_has_answer_needs_one_of_the_answers_and_finds_nothing_without_any() -> None:
+    assert has_answer("it was blue", ["red", "blue"])
+    assert not has_answer("it was blue", [])
+
+
+def test_regex_answers_are_searched_without_case_anywhere_in_the_text() -> None:
+    assert has_answer("born in the year 1984 in Ulm", [r"19\d\d"], "regex")
+    assert has_answer("in Rome", ["paris|ROME"], "regex")
+    assert not has_answer("born in 1784", [r"19\d\d"], "regex")
+
+
+def test_a_pattern_that_does_not_compile_finds_nothing_and_is_named() -> None:
+    assert not has_answer("anything (", ["("], "regex")
+    assert has_answer("anything", ["(", "thing"], "regex")
+    # CuratedTREC has "Sultan K\\ösen": decomposed as DPR does it, "\\o" is no escape.
+    assert broken_patterns(["(", "thing", "Sultan K\\\u00f6sen"]) == ["(", "Sultan K\\\u00f6sen"]
+
+
+# --- answer_spans -----------------------------------------------------------------------------------------------------
+
+
+def test_answer_spans_count_the_characters_of_the_text_as_it_is() -> None:
+    text = "Beyonce\u0301 met BEYONC\u00c9."
+    assert answer_spans(text, ["beyonc\u00e9"]) == [(0, 8), (13, 20)]
+
+
+def test_answer_spans_of_all_answers_are_sorted_and_may_overlap() -> None:
+    text = "New York, New York"
+    assert answer_spans(text, ["York", "new york", "York, New"]) == [(0, 8), (4, 8), (4, 13), (10, 18), (14, 18)]
+
+
+def test_answer_spans_finds_overlapping_occurrences_of_one_answer() -> None:
+    assert answer_spans("a a a", ["a a"]) == [(0, 3), (2, 5)]
+
+
+def test_a_composed_character_that_matched_in_part_is_in_the_span_as_a_whole() -> None:
+    assert answer_spans("x \u226e y", ["<"]) == [(2, 3)]  # NFD: "<" and a mark, two tokens
+
+
+def test_token_string_of_a_text_without_tokens_is_in_no_other() -> None:
+    assert token_string("\u200b ") == "  "
+    assert "  " not in token_string("a b . c")
+
+
+# --- real data --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif("ODQA_DATA" not in os.environ, reason="needs nq-mini: set ODQA_DATA to the folder that holds it")
+def test_every_gold_passage_of_nq_mini_holds_an_answer() -> None:
+    """Its README counts them with another implementation: every NQ question's passages hold an answer."""
+    folder = Path(os.environ["ODQA_DATA"]) / "nq-mini"
+    names = ("nq_train", "nq_tune", "nq_dev")
+    questions = [
+        json.loads(line)
+        for name in names
+        for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    wanted = {str(pid) for question in questions for pid in question["positive_ids"]}
+    with gzip.open(folder / "psgs.tsv.gz", "rt", encoding="utf-8", newline="") as file:
+        texts = {pid: text for pid, text, _ in csv.reader(file, delimiter="\t") if pid in wanted}
+    assert len(questions) == 1449 + 162 + 376
+    for question in questions:
+        for pid in map(str, question["positive_ids"]):
+            assert has_answer(texts[pid], question["answers"]), question["id"]
+            assert slow_has_answer(texts[pid], question["answers"]), question["id"]
+
+
+# --- SQuAD's metrics --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "normalized"),
+    [
+        ("The  Beatles!", "beatles"),
+        ("an apple a day", "apple day"),
+        ("theatre", "theatre"),  # articles are words
+        ("U.S.A.", "usa"),  # punctuation goes without leaving a blank
+        ("the-the", "thethe"),  # punctuation goes first, so no article is left to drop
+        ("\u201cquoted\u201d", "\u201cquoted\u201d"),  # only ASCII punctuation is dropped
+        ("a", ""),
+    ],
+)
+def test_normalize_answer_follows_squads_order(text: str, normalized: str) -> None:
+    assert normalize_answer(text) == normalized
+
+
+def test_exact_match_takes_the_best_answer() -> None:
+    assert exact_match("the Beatles.", ["Rolling Stones", "Beatles"])
+    assert not exact_match("Beatles band", ["Beatles"])
+
+
+def test_only_abstaining_is_right_without_answers_and_never_right_with_them() -> None:
+    assert exact_match("", []) and f1("", []) == 1.0
+    assert not exact_match("Rome", []) and f1("Rome", []) == 0.0
+    assert not exact_match("", ["the"]) and f1("", ["the"]) == 0.0
+
+
+def test_exact_match_against_patterns_starts_at_the_first_character() -> None:
+    assert exact_match("1984, in May", [r"19\d\d"], "regex")
+    assert not exact_match("in 1984", [r"19\d\d"], "regex")
+
+
+def test_f1_counts_words_as_often_as_they_occur() -> None:
+    # {new, york, york} and {york, york, city} share york twice: precision 2/3, recall 2/3. On sets it would be 1/2.
+    assert f1("New York York", ["York York City"]) == pytest.approx(2 / 3)
+    # {x, x, x} and {x}: precision 1/3, recall 1. On sets it would be 1.
+    assert f1("x x x", ["x"]) == pytest.approx(0.5)
+
+
+@given(st.text(alphabet="ab the.", max_size=12), st.lists(st.text(alphabet="ab the.", max_size=12), max_size=3))
+def test_an_exact_match_has_an_f1_of_one_and_f1_stays_in_range(prediction: str, answers: list[str]) -> None:
+    score = f1(prediction, answers)
+    assert 0.0 <= score <= 1.0
+    assert exact_match(prediction, answers) == (score == 1.0) or _is_reordered(prediction, answers)
+
+
+def _is_reordered(prediction: str, answers: list[str]) -> bool:
+    """F1 ignores order: "b a" against "a b" is 1.0 without being an exact match."""
+    words = sorted(normalize_answer(prediction).split())
+    return any(sorted(normalize_answer(answer).split()) == words for answer in answers)
