@@ -1,0 +1,352 @@
+"""Evaluations, traces and evidence as text: aligned for a terminal, or markdown. It measures nothing itself.
+
+Whatever came from a collection or a model is stripped of control characters, so that a passage cannot drive a terminal.
+"""
+
+import json
+import math
+import textwrap
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from odqa.evaluate import OUTCOMES, Check, Comparison, Evaluation, QuestionResult, Score, TextOf, judge
+from odqa.text import Matcher, answer_spans, has_answer
+from odqa.types import Answer, Gold, Hit, PackedContext, Step, Trace
+
+Style = Literal["text", "markdown"]
+Named = Sequence[tuple[str, Evaluation]]  # the name of a system, and its evaluation on one question set
+
+_WIDTH = 100  # characters a line of running text
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private use: mark an answer until lines are wrapped
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Cells of text under a title; the first column is flush left, the others flush right unless named in `left`."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    left: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        widths = [max(len(row[i]) for row in (self.columns, *self.rows)) for i in range(len(self.columns))]
+        lines = [self.title, self._row(self.columns, widths), "  ".join("-" * width for width in widths)]
+        lines += [self._row(row, widths) for row in self.rows]
+        return "\n".join([*lines, *self.notes])
+
+    def markdown(self) -> str:
+        rules = ["---" if self._is_left(i) else "---:" for i in range(len(self.columns))]
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in (self.columns, rules, *self.rows)]
+        lines = [f"**{self.title}**", "", *(f"| {' | '.join(row)} |" for row in rows)]
+        return "\n".join([*lines, *([""] if self.notes else []), *self.notes])
+
+    def _row(self, cells: Sequence[str], widths: Sequence[int]) -> str:
+        aligned = [
+            cell.ljust(width) if self._is_left(i) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(aligned).rstrip()
+
+    def _is_left(self, column: int) -> bool:
+        return column == 0 or self.columns[column] in self.left
+
+
+def render(evaluations: Named, checks: Sequence[tuple[str, Check]] = (), *, style: Style = "text") -> str:
+    """The whole report: per question set its scores, funnel and times, then the expectations of all."""
+    tables: list[Table] = []
+    for (question_set, split), group in _by_question_set(evaluations).items():
+        title = f"{question_set} {split}".strip()
+        tables += [score_table(title, group), funnel_table(title, group)]
+        tables += [stage_table(title, group)] if any(item.measured.get("stages") for _, item in group) else []
+    tables += [check_table(checks)] if checks else []
+    return join(tables, style=style)
+
+
+def join(tables: Iterable[Table], *, style: Style = "text") -> str:
+    """Tables one below the other."""
+    return "\n\n".join(table.text() if style == "text" else table.markdown() for table in tables) + "\n"
+
+
+def score_table(title: str, evaluations: Named) -> Table:
+    """One row a metric, one column a system; the token budget stands right below the exact match that it bought."""
+    names = list(dict.fromkeys(score.name for _, item in evaluations for score in item.scores))
+    found = [{score.name: score for score in item.scores} for _, item in evaluations]
+    rows = []
+    for name in names:
+        scores = [scores.get(name) for scores in found]
+        any_score = next(score for score in scores if score is not None)
+        cells = [_interval(score) if score else "" for score in scores]
+        rows.append((name, *cells, any_score.unit, str(any_score.n), any_score.matcher))
+        if name == "em":
+            rows.append(("budget", *(_budget(item) for _, item in evaluations), "tokens/pass", "", ""))
+    first = evaluations[0][1]
+    notes = [f"[95% interval: bootstrap over questions, {first.resamples} resamples, seed {first.seed}]"]
+    notes += dict.fromkeys(f"{name}: {note}" for name, item in evaluations for note in item.notes)
+    columns = ("metric", *(name for name, _ in evaluations), "unit", "n", "matcher")
+    return Table(title, columns, tuple(rows), frozenset({"unit", "matcher"}), tuple(notes))
+
+
+def funnel_table(title: str, evaluations: Named) -> Table:
+    """Where the answer was lost: questions per outcome and their share."""
+    funnels = [item.funnel for _, item in evaluations]
+    totals = [sum(funnel.values()) for funnel in funnels]
+    rows = [
+        (outcome, *(_share(funnel[outcome], n) for funnel, n in zip(funnels, totals, strict=True)))
+        for outcome in OUTCOMES
+    ]
+    total = ("all", *(_share(n, n) for n in totals))
+    return Table(
+        f"{title}: where was the answer lost?", ("outcome", *(name for name, _ in evaluations)), (*rows, total)
+    )
+
+
+def stage_table(title: str, evaluations: Named) -> Table:
+    """Wall seconds and questions a second of each stage, and the peak memory of the process that ran them."""
+    rows, notes = [], []
+    for name, item in evaluations:
+        for stage, time in item.measured.get("stages", {}).items():
+            seconds, questions = float(time["seconds"]), int(time["questions"])
+            rate = f"{questions / seconds:,.1f}" if seconds > 0 else "-"
+            rows.append((name, stage, f"{seconds:,.2f}", str(questions), rate))
+        peak = item.measured.get("peak_memory_bytes")
+        device = f", device {item.measured['device']}" if "device" in item.measured else ""
+        notes += [f"{name}: peak memory {peak / 2**20:,.0f} MiB{device}"] if peak else []
+    columns = ("system", "stage", "seconds", "questions", "questions/s")
+    return Table(f"{title}: time", columns, tuple(rows), frozenset({"stage"}), tuple(notes))
+
+
+def check_table(checks: Sequence[tuple[str, Check]]) -> Table:
+    """Expected numbers beside the found ones; a missed one says NO."""
+    rows = [
+        (
+            name,
+            f"{check.found.question_set} {check.found.split}".strip(),
+            check.expected.name,
+            f"{check.expected.value:.1f}",
+            f"{check.expected.tolerance:.1f}",
+            f"{check.found.value:.1f}",
+            "yes" if check.ok else "NO",
+        )
+        for name, check in checks
+    ]
+    columns = ("system", "questions", "metric", "expected", "tolerance", "found", "ok")
+    return Table("expectations", columns, tuple(rows), frozenset({"questions", "metric", "ok"}))
+
+
+def comparison_table(first: str, second: str, comparison: Comparison) -> Table:
+    """Metrics of two runs side by side with the paired difference."""
+    rows = [
+        (
+            item.name,
+            f"{item.first:.1f}",
+            f"{item.second:.1f}",
+            f"{item.delta.value:+.1f} [{item.delta.low:+.1f}, {item.delta.high:+.1f}]",
+            str(item.n),
+            "yes" if item.is_clear else "no",
+        )
+        for item in comparison.differences
+    ]
+    columns = ("metric", first, second, "difference", "n", "leaves 0 out")
+    notes = ("[95% interval: paired bootstrap over questions]",)
+    return Table(f"{second} against {first}", columns, tuple(rows), frozenset({"leaves 0 out"}), notes)
+
+
+def changed_table(first: str, second: str, comparison: Comparison) -> Table:
+    """The questions whose exact match or outcome is not the same in two runs."""
+    rows = tuple((a.id, _clean(", ".join(a.answers)), _verdict(a), _verdict(b)) for a, b in comparison.changed)
+    columns = ("question", "gold", first, second)
+    return Table(f"{len(rows)} questions changed", columns, rows, frozenset(columns))
+
+
+def _by_question_set(evaluations: Named) -> dict[tuple[str, str], list[tuple[str, Evaluation]]]:
+    groups: dict[tuple[str, str], list[tuple[str, Evaluation]]] = {}
+    for name, item in evaluations:
+        groups.setdefault((item.question_set, item.split), []).append((name, item))
+    return groups
+
+
+def _interval(score: Score) -> str:
+    return f"{score.value:.1f} [{score.low:.1f}, {score.high:.1f}]"
+
+
+def _budget(evaluation: Evaluation) -> str:
+    return str(evaluation.budget) if evaluation.budget else "-"
+
+
+def _share(count: int, n: int) -> str:
+    return f"{count} ({100 * count / n:.1f}%)"
+
+
+def _verdict(question: QuestionResult) -> str:
+    return f"{_clean(question.prediction) or '(abstained)'}: {question.outcome}"
+
+
+# --- one question -----------------------------------------------------------------------------------------------------
+
+
+def evidence(trace: Trace, *, terminal: bool = False) -> str:
+    """What `odqa ask` shows below an answer: confidence, the packed passages with the answer marked, the stage table.
+
+    The answer is in bold on a terminal, else in [[brackets]].
+    """
+    answer = trace.answer
+    blocks = [f"{_clean(answer.text) or '(abstained)'}  ({confidence(answer)})"]
+    if trace.contexts:
+        blocks.append(_context(trace, trace.contexts[-1], answer, terminal=terminal))
+    blocks.append(_times(trace.steps).text())
+    return "\n\n".join(blocks) + "\n"
+
+
+def explain_question(
+    trace: Trace,
+    gold: Gold | None = None,
+    *,
+    result: QuestionResult | None = None,
+    text_of: TextOf | None = None,
+    matcher: Matcher = "string",
+    depth: int = 10,
+) -> str:
+    """One question's whole trace, stage by stage; with gold answers, where they were lost.
+
+    The first `depth` passages of each stage are listed. With gold, `*` marks passages that hold an answer. `result` is
+    the question's row of an evaluation; it brings gold and outcome along. Without it and without `text_of` only packed
+    passages can be judged: a loss before the reader is then not told apart by stage.
+    """
+    if result is not None:
+        gold = Gold(result.id, result.answers)
+    texts = {hit.passage.id: hit.passage.text for context in trace.contexts for hit in context.hits}
+    lines = [f"question {trace.query.id}: {_clean(trace.query.text)}"]
+    marked: set[str] = set()
+    if gold is not None:
+        look_up = text_of or (lambda passage_id: texts.get(passage_id, ""))
+        lines += [f"gold: {_clean(' | '.join(gold.answers)) or '(none: abstaining is right)'}"]
+        is_complete = result is not None or text_of is not None
+        result = result or judge(trace, gold, look_up, matcher=matcher)
+        lines += [f"outcome: {_outcome(result, is_complete=is_complete)}"]
+        shown = dict.fromkeys(passage_id for step in trace.steps for passage_id in step.ids[:depth])
+        marked = {passage_id for passage_id in shown if has_answer(look_up(passage_id), gold.answers, matcher)}
+    titles = {hit.passage.id: hit.passage.title for context in trace.contexts for hit in context.hits}
+    pending = list(trace.answers)
+    for number in sorted({step.pass_no for step in trace.steps}):
+        lines += ["", f"pass {number}"]
+        for step in (step for step in trace.steps if step.pass_no == number):
+            lines += _step(step, titles, marked, depth)
+            if step.stage == "read" and pending:
+                lines += _answer(pending.pop(0))
+    for number, context in enumerate(trace.contexts, start=1):
+        lines += ["", f"context {number}", _context(trace, context, trace.answer, terminal=False)]
+    return "\n".join(lines) + "\n"
+
+
+def confidence(answer: Answer) -> str:
+    """The score as a probability where it is one (a log-probability in nats), else as it is."""
+    if math.isfinite(answer.score) and answer.score <= 0:
+        return f"confidence {math.exp(answer.score):.2f}"
+    return f"score {answer.score:.4g}"
+
+
+def mark(text: str, spans: Iterable[tuple[int, int]], opening: str = "[[", closing: str = "]]") -> str:
+    """Put marks around the spans of a text; spans that touch or overlap become one."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    for start, end in reversed(merged):
+        text = f"{text[:start]}{opening}{text[start:end]}{closing}{text[end:]}"
+    return text
+
+
+def _outcome(result: QuestionResult, *, is_complete: bool) -> str:
+    lost_early = ("not retrieved", "reranked away", "not packed")
+    if not is_complete and result.outcome in lost_early:
+        return f"{', '.join(lost_early[:2])} or {lost_early[2]} (the index is needed to tell which)"
+    return result.outcome
+
+
+def _context(trace: Trace, context: PackedContext, answer: Answer, *, terminal: bool) -> str:
+    prices = _prices(trace, context)
+    blocks = [f"packed {len(context.hits)} passages, {context.tokens} of {context.budget} tokens"]
+    for rank, hit in enumerate(context.hits, start=1):
+        price = f", {prices[hit.passage.id]} tokens" if hit.passage.id in prices else ""
+        title = _clean(hit.passage.title) or "(no title)"
+        head = f"{rank}. {title}  [{hit.passage.id}, {hit.source} {hit.score:.4g}{price}]"
+        blocks.append(f"{head}\n{_passage_text(hit, answer, terminal=terminal)}")
+    if context.dropped:
+        reasons = ", ".join(f"{item.passage_id} ({item.reason}, {item.tokens} tokens)" for item in context.dropped[:5])
+        more = f" and {len(context.dropped) - 5} more" if len(context.dropped) > 5 else ""
+        blocks.append(textwrap.fill(f"dropped: {reasons}{more}", _WIDTH))
+    return "\n\n".join(blocks)
+
+
+def _prices(trace: Trace, context: PackedContext) -> dict[str, int]:
+    """Tokens of each packed passage, from the pack step that packed these very passages."""
+    ids = tuple(hit.passage.id for hit in context.hits)
+    for step in trace.steps:
+        if step.stage == "pack" and step.ids == ids and len(step.tokens) == len(ids):
+            return dict(zip(ids, step.tokens, strict=True))
+    return {}
+
+
+def _passage_text(hit: Hit, answer: Answer, *, terminal: bool) -> str:
+    spans = answer_spans(hit.passage.text, [answer.text]) if answer.text else []
+    spans += [
+        (candidate.start, candidate.end)
+        for candidate in answer.candidates
+        if candidate.passage_id == hit.passage.id and candidate.text == answer.text
+        if candidate.start is not None and candidate.end is not None
+    ]
+    text = mark(_clean(hit.passage.text), spans, _OPEN, _CLOSE)  # cleaning keeps the length
+    wrapped = textwrap.fill(text, _WIDTH, initial_indent="   ", subsequent_indent="   ", break_on_hyphens=False)
+    opening, closing = ("\x1b[1m", "\x1b[0m") if terminal else ("[[", "]]")
+    return wrapped.replace(_OPEN, opening).replace(_CLOSE, closing)
+
+
+def _times(steps: Sequence[Step]) -> Table:
+    rows = [
+        (step.stage, str(step.pass_no), str(len(step.ids) or "-"), _seconds(step.seconds), str(step.batch or "-"))
+        for step in steps
+    ]
+    total = sum(step.seconds for step in steps)
+    return Table(
+        "stages", ("stage", "pass", "passages", "seconds", "batch"), (*rows, ("all", "", "", _seconds(total), ""))
+    )
+
+
+def _step(step: Step, titles: Mapping[str, str], marked: set[str], depth: int) -> list[str]:
+    counts = f", {len(step.ids)} passages" if step.ids else ""
+    tokens = f", {sum(step.tokens)} tokens" if step.tokens else ""
+    lines = [f"  {step.stage}: {_seconds(step.seconds)} s{counts}{tokens}"]
+    for place, passage_id in enumerate(step.ids[:depth]):
+        score = f"{step.scores[place]:10.4f}" if place < len(step.scores) else " " * 10
+        price = f"{step.tokens[place]:5d} tokens" if place < len(step.tokens) else ""
+        star, title = "*" if passage_id in marked else " ", _clean(titles.get(passage_id, ""))
+        row = f"    {place + 1:3d} {star} {score}  {passage_id} {price} {title}"
+        lines.append(row.rstrip())
+    lines += [f"        and {len(step.ids) - depth} more"] if len(step.ids) > depth else []
+    return lines + [f"    {key}: {_clean(json.dumps(value, ensure_ascii=False))}" for key, value in step.notes.items()]
+
+
+def _answer(answer: Answer) -> list[str]:
+    lines = [f"    answer: {_clean(answer.text) or '(abstained)'}  ({confidence(answer)})"]
+    for candidate in answer.candidates[:5]:
+        where = f"  [{candidate.passage_id}]" if candidate.passage_id else ""
+        lines.append(f"      {candidate.logprob:10.4f}  {_clean(candidate.text)}{where}")
+    return lines
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.4f}" if math.isfinite(seconds) else "-"
+
+
+def _clean(text: str) -> str:
+    """Control and private characters as blanks, so that the length stays."""
+    return "".join(" " if unicodedata.category(character) in ("Cc", "Co", "Cs") else character for character in text)
