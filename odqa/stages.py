@@ -2,7 +2,7 @@
 
 Batch in, batch out, same length and same order. Settings belong to a stage's constructor; a stage sees queries, never
 gold answers, and keeps nothing between calls that changes a result. Each protocol has one conformance test class
-(`tests/unit/conformance.py`) that every implementation passes.
+(`tests/unit/conformance*.py`) that every implementation passes.
 """
 
 from collections.abc import Sequence

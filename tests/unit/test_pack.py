@@ -1,0 +1,205 @@
+"""The greedy packer, with a reader that charges a token a word."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from odqa.errors import DataError
+from odqa.pack import PRICED_AT_ONCE, GreedyPacker, show_passages
+from odqa.types import Answer, Dropped, Hit, PackedContext, Passage, Query, TokenCosts
+from tests.unit.conformance_read import PackerConformance, ranked
+
+QUESTION = Query("q", "who built it")
+
+
+class WordReader:
+    """Charges one token a word, and one a passage for its separator; remembers which passages were priced."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.priced: list[str] = []
+
+    def costs(self, query: Query, hits: Sequence[Hit]) -> TokenCosts:
+        self.priced += [hit.passage.id for hit in hits]
+        fixed = len(query.text.split())
+        prices = [1 + len(hit.passage.title.split()) + len(hit.passage.text.split()) for hit in hits]
+        limit = self.limit
+        fits = (price if limit is None or fixed + price <= limit else None for price in prices)
+        return TokenCosts(fixed, tuple(fits), limit)
+
+    def read(self, contexts: Sequence[PackedContext]) -> list[Answer]:
+        return [Answer(context.query.id, "", 0.0) for context in contexts]
+
+
+class TestGreedyPackerConforms(PackerConformance):
+    @pytest.fixture
+    def make(self) -> Callable[[int], GreedyPacker]:
+        return lambda budget: GreedyPacker(WordReader(), budget)
+
+
+class TestReversedPackerConforms(PackerConformance):
+    @pytest.fixture
+    def make(self) -> Callable[[int], GreedyPacker]:
+        return lambda budget: GreedyPacker(WordReader(), budget, 2, "reverse")
+
+
+def passage(name: str, words: int) -> Passage:
+    """A passage of this many words that no other name shares; its price is one more."""
+    return Passage(name, " ".join([name] * words))
+
+
+def pack(budget: int, *passages: Passage, reader: WordReader | None = None, **settings: object) -> PackedContext:
+    packer = GreedyPacker(reader or WordReader(), budget, **settings)  # type: ignore[arg-type]
+    return packer.pack([QUESTION], [ranked(*passages)])[0]
+
+
+def kept(context: PackedContext) -> str:
+    return "".join(hit.passage.id for hit in context.hits)
+
+
+def test_packs_in_order_of_score_while_passages_fit() -> None:
+    context = pack(3 + 5 + 5, passage("a", 4), passage("b", 4), passage("c", 4))
+    assert kept(context) == "ab"
+    assert context.tokens == 13
+
+
+def test_skips_a_passage_that_does_not_fit_and_goes_on() -> None:
+    context = pack(3 + 5 + 4, passage("a", 4), passage("b", 9), passage("c", 3))
+    assert kept(context) == "ac"
+    assert context.dropped == (Dropped("b", "does not fit", 10),)
+    assert context.tokens == 12
+
+
+def test_reverse_order_puts_the_best_passage_next_to_the_question() -> None:
+    context = pack(100, passage("a", 4), passage("b", 4), passage("c", 4), order="reverse")
+    assert kept(context) == "cba"
+
+
+def test_drops_duplicates_before_counting_tokens() -> None:
+    reader = WordReader()
+    copies = [
+        Passage("a", "The Tower of\nLondon", "one"),
+        Passage("b", "the tower  of london ", "two"),
+        passage("c", 2),
+    ]
+    context = pack(3 + 6 + 3, *copies, reader=reader)
+    assert kept(context) == "ac"
+    assert context.dropped == (Dropped("b", "duplicate", 0),)
+    assert "b" not in reader.priced
+
+
+def test_drops_a_second_hit_with_the_same_id() -> None:
+    context = pack(100, passage("a", 2), Passage("a", "other words"))
+    assert kept(context) == "a"
+    assert context.dropped[0].reason == "duplicate"
+
+
+def test_packs_at_most_max_passages_and_asks_for_no_more_prices() -> None:
+    reader = WordReader()
+    context = pack(100, *(passage(name, 2) for name in "abcde"), reader=reader, max_passages=2)
+    assert kept(context) == "ab"
+    assert [drop.reason for drop in context.dropped] == ["over the limit"] * 3
+    assert reader.priced == ["a", "b"]
+
+
+def test_the_readers_own_limit_holds_below_the_budget() -> None:
+    # Window of 10: question 3, a 4; b (4) would make 11.
+    context = pack(1000, passage("a", 3), passage("b", 3), reader=WordReader(limit=10))
+    assert kept(context) == "a"
+    assert (context.tokens, context.budget) == (7, 1000)
+
+
+def test_a_passage_that_the_reader_can_never_read_whole_does_not_fit() -> None:
+    context = pack(1000, passage("a", 50), passage("b", 3), reader=WordReader(limit=10))
+    assert kept(context) == "b"
+    assert context.dropped == (Dropped("a", "does not fit", 0),)
+
+
+def test_does_not_price_a_hundred_passages_when_four_fit() -> None:
+    # Each costs 21, so four fit beside the question in 3 + 4 * 21 + 10, and the 10 left are too few for any other.
+    reader = WordReader()
+    names = [f"p{number:03}" for number in range(100)]
+    context = pack(97, *(passage(name, 20) for name in names), reader=reader)
+    assert [hit.passage.id for hit in context.hits] == names[:4]
+    assert len(reader.priced) == PRICED_AT_ONCE
+    reasons = [drop.reason for drop in context.dropped]
+    assert reasons == ["does not fit"] * (PRICED_AT_ONCE - 4) + ["over the limit"] * (100 - PRICED_AT_ONCE)
+
+
+def test_prices_a_late_passage_that_is_short_enough_to_fit() -> None:
+    reader = WordReader()
+    names = [f"p{number:03}" for number in range(50)]
+    context = pack(97, *(passage(name, 20) for name in names), passage("tiny", 1), reader=reader)
+    assert context.hits[-1].passage.id == "tiny"
+    assert len(reader.priced) == PRICED_AT_ONCE + 1
+
+
+def test_a_question_over_the_budget_names_query_tokens_and_budget() -> None:
+    with pytest.raises(DataError, match=r"query q: the question alone takes 3 tokens .* the\s+budget is 2"):
+        pack(2, passage("a", 1))
+
+
+def test_shows_title_and_text_of_packed_passages_only() -> None:
+    context = pack(8, Passage("a", "It is {old}.", "Tower"), passage("b", 50), Passage("c", "x"))
+    assert context.text == "Tower\nIt is {old}."
+
+
+def test_shows_the_context_as_the_reader_words_it_if_it_can() -> None:
+    class Wording(WordReader):
+        def show(self, hits: Sequence[Hit]) -> str:
+            return " | ".join(hit.passage.text for hit in hits)
+
+    assert pack(100, Passage("a", "one"), Passage("b", "two"), reader=Wording()).text == "one | two"
+
+
+def test_show_passages_of_nothing_is_empty() -> None:
+    assert show_passages(()) == ""
+
+
+@pytest.mark.parametrize("settings", [{"budget": 0}, {"max_passages": 0}, {"order": "random"}])
+def test_refuses_settings_out_of_range(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        GreedyPacker(WordReader(), **{"budget": 10, **settings})  # type: ignore[arg-type]
+
+
+passages = st.lists(
+    st.builds(
+        Passage,
+        st.text("abcdefgh", min_size=1, max_size=2),
+        st.lists(st.sampled_from(["x", "y", "Y", "river"]), max_size=12).map(" ".join),
+        st.sampled_from(["", "title", "two words"]),
+    ),
+    max_size=40,
+)
+
+
+@given(passages, st.integers(3, 80), st.none() | st.integers(1, 5), st.none() | st.integers(3, 60))
+def test_whatever_the_hits_the_context_is_within_budget_complete_and_in_order(
+    found: list[Passage], budget: int, most: int | None, limit: int | None
+) -> None:
+    hits = ranked(*found)
+    reader = WordReader(limit)
+    (context,) = GreedyPacker(reader, budget, most).pack([QUESTION], [hits])
+    # Within budget, and the total is the sum of the prices.
+    prices = reader.costs(QUESTION, context.hits)
+    assert context.tokens == prices.fixed + sum(price or 0 for price in prices.passages)
+    assert context.tokens <= min(budget, limit or budget)
+    assert most is None or len(context.hits) <= most
+    # Complete: every hit is kept or dropped, with its reason.
+    names = [hit.passage.id for hit in context.hits] + [drop.passage_id for drop in context.dropped]
+    assert sorted(names) == sorted(passage.id for passage in found)
+    # In order of score, no text twice.
+    ranks = [hit.score for hit in context.hits]
+    assert ranks == sorted(ranks, reverse=True)
+    texts = [" ".join(hit.passage.text.casefold().split()) for hit in context.hits]
+    assert len(set(texts)) == len(texts)
+
+
+def test_importing_the_packer_loads_neither_torch_nor_transformers() -> None:
+    code = "import sys, odqa.pack, odqa.read.prompts; print({'torch', 'transformers'} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "set()"
