@@ -1,0 +1,79 @@
+"""LoRA: low-rank updates beside frozen linear maps.
+
+    W x  ->  W x + (alpha / rank) B A x        A: (rank, d_in) Gaussian, B: (d_out, rank) zero at the start
+
+Trains rank * (d_in + d_out) values a matrix. Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1. The update is added
+by forward hooks, so the frozen weight is never written to; parity with PEFT's LoRA is tested.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from odqa.errors import DataError
+from odqa.frozen.backbone import Backbone
+from odqa.frozen.method import Method
+
+
+class Lora(Method):
+    """LoRA on every linear map of the backbone's layers whose name ends in one of `targets` (None: on all of them)."""
+
+    kind: ClassVar[str] = "lora"
+
+    def __init__(
+        self, backbone: Backbone, *, rank: int, alpha: float, targets: list[str] | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(backbone, rank=rank, alpha=alpha, targets=targets, seed=seed)
+        self.scale = alpha / rank
+        generator = torch.Generator().manual_seed(seed)
+        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
+        for name, linear in target_linears(backbone, targets).items():
+            # Kaiming-uniform with a = sqrt(5), as the authors' code initialises A: uniform in +-1/sqrt(d_in).
+            bound = linear.in_features**-0.5
+            start = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
+            self.A[_key(name)] = nn.Parameter(start)
+            self.B[_key(name)] = nn.Parameter(torch.zeros(linear.out_features, rank))
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def _install(self, backbone: Backbone) -> None:
+        for name, linear in target_linears(backbone, self.settings["targets"]).items():
+            a, b = self.A[_key(name)], self.B[_key(name)]
+
+            def add_update(
+                _module: nn.Module,
+                args: tuple[torch.Tensor, ...],
+                output: torch.Tensor,
+                a: nn.Parameter = a,
+                b: nn.Parameter = b,
+            ) -> torch.Tensor:
+                x = args[0]  # (..., d_in)
+                return output + (x @ a.to(x.dtype).T) @ (b * self.scale).to(x.dtype).T
+
+            self._handles.append(linear.register_forward_hook(add_update))
+
+    def _remove(self, backbone: Backbone) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def target_linears(backbone: Backbone, targets: list[str] | None) -> dict[str, nn.Linear]:
+    """The linear maps inside the backbone's stack of layers, by module name, in module order.
+
+    Raises DataError if a target matches none of them.
+    """
+    found = {
+        name: module
+        for name, module in backbone.model.named_modules()
+        if isinstance(module, nn.Linear) and ".layer" in name  # not the pooler, not an output head
+    }
+    for target in targets or []:
+        if not any(name.endswith(target) for name in found):
+            raise DataError(f"lora: no linear map of {backbone.name} ends in {target!r}; there are {sorted(found)[:6]} ...")
+    if targets is None:
+        return found
+    return {name: module for name, module in found.items() if name.endswith(tuple(targets))}
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # torch forbids dots in the names of parameters

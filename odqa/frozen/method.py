@@ -1,0 +1,134 @@
+"""What every way of specialising a frozen backbone has in common.
+
+A `Method` owns every trainable tensor. `attach` installs it, `detach` leaves the backbone bit-identical. A saved method
+is `method.safetensors` plus `method.json`, and is refused by any backbone but the one it was trained on.
+"""
+
+import json
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from odqa.errors import ArtifactError, ArtifactMismatch
+from odqa.frozen.backbone import Backbone
+
+TENSORS = "method.safetensors"
+DESCRIPTION = "method.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Sizes of a method: numbers of values trained and frozen, and the bytes the trained ones take when saved."""
+
+    trainable: int
+    frozen: int
+    stored_bytes: int
+
+
+class Method(nn.Module):
+    """A trainable module that specialises a frozen backbone. Its parameters are exactly what is trained and saved."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, backbone: Backbone, **settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+        self.backbone_fingerprint = backbone.fingerprint
+        self._backbone: list[Backbone] = []  # in a list, so that torch does not take its weights for ours
+
+    @abstractmethod
+    def _install(self, backbone: Backbone) -> None:
+        """Put the method into the backbone's forward pass."""
+
+    @abstractmethod
+    def _remove(self, backbone: Backbone) -> None:
+        """Undo `_install` exactly."""
+
+    def attach(self, backbone: Backbone) -> None:
+        """Make the backbone compute with this method. Raises ArtifactMismatch for a backbone it was not made for."""
+        if self._backbone:
+            raise RuntimeError(f"{self.kind} is attached already; detach it first")
+        if backbone.fingerprint != self.backbone_fingerprint:
+            raise ArtifactMismatch(
+                f"{self.kind} was trained on backbone {self.backbone_fingerprint[:8]}; {backbone.name} is "
+                f"{backbone.fingerprint[:8]}. Use that backbone or train the method again."
+            )
+        self.to(backbone.device)
+        self._install(backbone)
+        self._backbone.append(backbone)
+
+    def detach(self) -> None:
+        """Give the backbone back as it was before `attach`, to the bit."""
+        self._remove(self._backbone.pop())
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Everything that is trained, by its saved name."""
+        return dict(self.named_parameters())
+
+    def count(self, backbone: Backbone) -> Count:
+        """How much is trained, how much is frozen."""
+        trained = list(self.parameters())
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in trained)
+        return Count(sum(tensor.numel() for tensor in trained), backbone.count_parameters(), stored)
+
+    def save(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write tensors and description into `folder`. `dtype` is the type on disk (float16 halves the size)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.tensors().items()}
+        save_file(tensors, folder / TENSORS)
+        description = {"kind": self.kind, "settings": self.settings, "backbone": self.backbone_fingerprint}
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def create_method(kind: str, backbone: Backbone, **settings: Any) -> Method:
+    """A fresh method of one of the known kinds. Raises ArtifactError naming the kinds for an unknown one."""
+    from odqa.frozen.finetuning import FineTuning
+    from odqa.frozen.lora import Lora
+    from odqa.frozen.prompt import DeepPrompt
+
+    kinds: dict[str, type[Method]] = {cls.kind: cls for cls in (DeepPrompt, Lora, FineTuning)}
+    if kind not in kinds:
+        raise ArtifactError(f"method kind {kind!r} is not known; known are {', '.join(sorted(kinds))}.")
+    return kinds[kind](backbone, **settings)
+
+
+def load_method(folder: Path, backbone: Backbone) -> Method:
+    """Read a saved method for this backbone; compute happens in float32 whatever type it was stored in.
+
+    Raises ArtifactMismatch if it was trained on another backbone, ArtifactError if files are missing or their tensors
+    are not those of the method.
+    """
+    description_file, tensor_file = folder / DESCRIPTION, folder / TENSORS
+    for file in (description_file, tensor_file):
+        if not file.is_file():
+            raise ArtifactError(f"{folder}: not a saved method ({file.name} is missing).")
+    description = json.loads(description_file.read_text(encoding="utf-8"))
+    if description["backbone"] != backbone.fingerprint:
+        raise ArtifactMismatch(
+            f"{folder}: this {description['kind']} was trained on backbone {description['backbone'][:8]}; "
+            f"{backbone.name} is {backbone.fingerprint[:8]}. Use that backbone or train the method again."
+        )
+    method = create_method(description["kind"], backbone, **description["settings"])
+    load_tensors(method, load_file(tensor_file), str(tensor_file))
+    return method
+
+
+def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Copy saved tensors into a module's parameters; the sets of names and the shapes must be equal."""
+    own = dict(module.named_parameters())
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != expected:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise ArtifactError(
+            f"{where}: {wrong[0]} has shape {found.get(wrong[0])}, expected {expected.get(wrong[0])} "
+            f"({len(wrong)} tensors differ in all)."
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])

@@ -1,0 +1,224 @@
+"""Training the span reader: from rows of question, answers and passage to batches of token ids, and the measure on tune.
+
+A training group is one question with its passage and, for a share of the questions, one passage that does not answer it;
+for another share the answer is missing altogether and "no answer" is right. Which question gets what, and the order of
+batches, depend on seed and epoch alone. The loop is `odqa.frozen.fit`; nothing here reads a dev file.
+"""
+
+import gzip
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from odqa.artifacts import Draft
+from odqa.errors import DataError
+from odqa.frozen.backbone import fingerprint
+from odqa.frozen.fit import FitSettings, fit
+from odqa.frozen.spans import SpanBatch, marginal_loss
+from odqa.read.span import Rows, SpanModel, SpanReader, save_span_reader
+from odqa.runtime import peak_memory_bytes
+from odqa.text import answer_spans, exact_match, f1
+from odqa.types import Gold, Hit, PackedContext, Passage, Query
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A question whose answer stands in `passage`; `negatives` are passages that do not hold it."""
+
+    question: str
+    answers: tuple[str, ...]
+    passage: Passage
+    negatives: tuple[Passage, ...]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSettings:
+    """What training groups look like.
+
+    `groups` questions a batch. A question gets a negative beside its passage with probability `negative_share`; with
+    probability `unanswerable_share` it gets the negative alone. `source_weights` repeats the rows of a source within an
+    epoch (1 if not named). Values are our choice.
+    """
+
+    groups: int = 16
+    negative_share: float = 0.4
+    unanswerable_share: float = 0.08
+    source_weights: Mapping[str, int] | None = None
+    seed: int = 0
+
+
+def read_examples(path: Path, passages: Mapping[str, Passage]) -> Iterator[Example]:
+    """Rows of a reader training file (jsonl, may be gzipped): question, answers, title, passage, negative_ids, source.
+
+    Raises DataError with file and line for a row that lacks a field or names a passage that `passages` does not have.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                yield Example(
+                    row["question"],
+                    tuple(row["answers"]),
+                    Passage(f"{row['id']}/gold", row["passage"], row["title"]),
+                    tuple(passages[str(pid)] for pid in row.get("negative_ids", ())),
+                    row.get("source", ""),
+                )
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
+            except KeyError as error:
+                raise DataError(f"{path}, line {number}: {error} is neither a field of the row nor a known passage.") from error
+
+
+class SpanBatches:
+    """`batches(i)`: the i-th training batch. Length-sorted within blocks of 64 batches, so that little is padding."""
+
+    def __init__(self, examples: Sequence[Example], rows: Rows, longest: int, settings: GroupSettings) -> None:
+        self.rows, self.longest, self.settings = rows, longest, settings
+        weights = settings.source_weights or {}
+        # Spans are found once; an example without one (an answer longer than `longest`, or cut by the window) is left out.
+        self.examples, self.spans, self.left_out = [], [], 0
+        for example in examples:
+            spans = token_spans(rows, example, longest)
+            if spans and rows.length(example.question, example.passage.title, example.passage.text) <= rows.window:
+                self.examples.append(example)
+                self.spans.append(spans)
+            else:
+                self.left_out += 1
+        if not self.examples:
+            raise DataError("training: no example has its answer in its passage.")
+        self.pool = np.repeat(np.arange(len(self.examples)), [weights.get(e.source, 1) for e in self.examples])
+        self.per_epoch = max(1, len(self.pool) // settings.groups)
+        self._epoch, self._plan = -1, np.empty((0, 0), dtype=np.int64)
+
+    def __call__(self, index: int) -> SpanBatch:
+        epoch, number = divmod(index, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._plan = epoch, self._plan_epoch(epoch)
+        chances = np.random.default_rng([self.settings.seed, index])
+        pairs: list[tuple[str, str, str]] = []
+        owner: list[int] = []
+        gold: list[tuple[int, int, int]] = []
+        for group, chosen in enumerate(self._plan[number]):
+            example = self.examples[chosen]
+            kind, pick = chances.random(), chances.integers(1 << 30)
+            negative = example.negatives[pick % len(example.negatives)] if example.negatives else None
+            unanswerable = negative is not None and kind < self.settings.unanswerable_share
+            if unanswerable:
+                gold.append((len(pairs), 0, 0))
+            else:
+                at = self.rows.text_start(example.question, example.passage.title)
+                gold += [(len(pairs), at + first, at + last) for first, last in self.spans[chosen]]
+                pairs.append((example.question, example.passage.title, example.passage.text))
+                owner.append(group)
+            share = self.settings.unanswerable_share + self.settings.negative_share
+            if negative is not None and kind < share:
+                pairs.append((example.question, negative.title, negative.text))
+                owner.append(group)
+        return self.rows.batch(pairs, owner, gold)
+
+    def _plan_epoch(self, epoch: int) -> np.ndarray:
+        """(batches, groups) numbers of examples."""
+        rng = np.random.default_rng([self.settings.seed, 1, epoch])
+        order = rng.permutation(self.pool)[: self.per_epoch * self.settings.groups]
+        lengths = np.array([len(self.rows.passage(e.passage.title, e.passage.text).text) for e in self.examples])
+        block = 64 * self.settings.groups
+        for start in range(0, len(order), block):
+            part = order[start : start + block]
+            order[start : start + block] = part[np.argsort(lengths[part], kind="stable")]
+        plan = order.reshape(self.per_epoch, self.settings.groups)
+        return plan[rng.permutation(len(plan))]
+
+
+def token_spans(rows: Rows, example: Example, longest: int) -> list[tuple[int, int]]:
+    """First and last token, within the text, of every occurrence of an answer that has at most `longest` tokens."""
+    offsets = rows.passage(example.passage.title, example.passage.text).offsets
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    spans = set()
+    for start, end in answer_spans(example.passage.text, example.answers):
+        first = int(np.searchsorted(ends, start, side="right"))  # the first token that ends after the answer starts
+        last = int(np.searchsorted(starts, end, side="left")) - 1  # the last one that starts before it ends
+        if first <= last < first + longest:
+            spans.add((first, last))
+    return sorted(spans)
+
+
+@torch.inference_mode()
+def gold_passage_scores(
+    reader: SpanReader, questions: Sequence[tuple[Query, Gold]], passages: Mapping[str, Passage]
+) -> dict[str, float]:
+    """EM and F1 (0 to 100) when the reader sees the best gold passage and nothing else."""
+    contexts = []
+    for query, gold in questions:
+        hit = Hit(passages[gold.passage_ids[0]], 0.0, "gold")
+        contexts.append(PackedContext(query, "", (hit,), 0, 0))
+    answers = reader.read(contexts)
+    pairs = [(answer.text, gold.answers) for answer, (_, gold) in zip(answers, questions, strict=True)]
+    count = len(pairs)
+    return {
+        "em": 100 * sum(exact_match(text, gold) for text, gold in pairs) / count,
+        "f1": 100 * sum(f1(text, gold) for text, gold in pairs) / count,
+    }
+
+
+def train_span_reader(
+    model: SpanModel,
+    examples: Sequence[Example],
+    tune: Mapping[str, Sequence[tuple[Query, Gold]]],
+    passages: Mapping[str, Passage],
+    draft: Draft,
+    *,
+    groups: GroupSettings,
+    fit_settings: FitSettings,
+    stored: torch.dtype = torch.float16,
+    log: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Train method and head into `draft`: reader files, and curve.json with the loss and the tune scores on the way.
+
+    Resumes from the checkpoint in `draft` (declare `CHECKPOINT` as scratch). The backbone is guarded: AssertionError if
+    one of its bits changed.
+    """
+    batches = SpanBatches(examples, model.rows, model.longest, groups)
+    log(f"{len(batches.examples)} examples, {batches.left_out} left out, {batches.per_epoch} batches an epoch")
+    reader = SpanReader(model)
+
+    def evaluate() -> dict[str, float]:
+        with torch.autocast(model.backbone.device.type, torch.bfloat16, enabled=fit_settings.autocast):
+            return {
+                f"{name}.{metric}": round(value, 1)
+                for name, questions in tune.items()
+                for metric, value in gold_passage_scores(reader, questions, passages).items()
+            }
+
+    def loss(batch: SpanBatch) -> torch.Tensor:
+        on_device = batch.to(model.backbone.device)
+        return marginal_loss(model.spans(on_device), on_device)
+
+    count = model.method.count(model.backbone)
+    modules = {"method": model.method, "head": model.head}
+    result = fit(
+        modules, batches, loss, fit_settings, checkpoint=draft.path / CHECKPOINT, evaluate=evaluate if tune else None, log=log
+    )
+    model.method.detach()
+    if fingerprint(model.backbone.model) != model.in_memory:
+        raise AssertionError(f"the frozen weights of {model.backbone.name} have changed")
+    save_span_reader(draft.path, model, dtype=stored)
+    # Seconds differ between equal runs; the curve proper must not.
+    curve = [{key: value for key, value in entry.items() if key != "seconds"} for entry in result.curve]
+    draft.write_json("curve.json", curve)
+    draft.counts |= {
+        "trainable": count.trainable + sum(tensor.numel() for tensor in model.head.parameters()),
+        "frozen": count.frozen,
+        "examples": len(batches.examples),
+        "left_out": batches.left_out,
+        "questions_seen": fit_settings.steps * fit_settings.accumulate * groups.groups,
+    }
+    draft.extra["backbone"] = {"name": model.backbone.name, "fingerprint": model.backbone.fingerprint}
+    draft.measured |= {"training_seconds": round(result.seconds, 1), "peak_memory_bytes": peak_memory_bytes()}
