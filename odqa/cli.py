@@ -1,0 +1,252 @@
+"""The command line: parses options, calls `odqa.jobs`, prints.
+
+The result goes to stdout, progress and evidence to stderr. Exit codes: 0 ok, 1 an expected number was missed, 2 bad
+input (one line says what). Imports that take time happen inside the commands: `odqa --help` loads no model library.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from odqa.errors import OdqaError
+
+if TYPE_CHECKING:
+    from odqa.jobs import EvaluationResult
+    from odqa.recipes import Places
+    from odqa.types import Trace
+
+app = typer.Typer(
+    name="odqa",
+    help="Open-domain question answering on frozen language models: index a Wikipedia dump, ask, evaluate, train.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Data = Annotated[
+    Path | None, typer.Option("--data", help="The data folder that data:NAME in recipes means [env: ODQA_DATA].")
+]
+Artifacts = Annotated[
+    Path | None, typer.Option("--artifacts", help="Where indexes and trained parts lie [env: ODQA_ARTIFACTS; ./artifacts].")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting of the recipe, once or more often.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")]
+
+
+@app.command()
+def check(recipe: Annotated[str, typer.Argument(help="Any recipe.")], changes: Set = None, as_json: Json = False) -> None:
+    """Validate a recipe; print it with every default filled in, and its hash."""
+    from odqa.recipes import load_recipe
+
+    checked = load_recipe(recipe, changes=changes or ())
+    if as_json:
+        _print_json({"recipe": checked.resolved, "hash": checked.hash})
+        return
+    import yaml
+
+    _print(yaml.safe_dump(checked.resolved, sort_keys=False, allow_unicode=True, width=120) + f"# hash: {checked.hash}")
+
+
+@app.command()
+def index(
+    recipe: Annotated[str, typer.Argument(help="An index recipe, such as indexes/embedded.yaml.")],
+    dump: Annotated[str | None, typer.Option(help="A MediaWiki dump (.xml, .xml.bz2) instead of the recipe's passages.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The index folder [artifacts/RECIPE].")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="A damaged dump is an error, not a partial collection.")] = False,
+    data: Data = None,
+    artifacts: Artifacts = None,
+    changes: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Build an index: dump or passages -> text store, BM25, vectors. Run again after a kill, it continues."""
+    from odqa import jobs
+    from odqa.recipes import load_recipe
+
+    loaded = load_recipe(recipe, "index", changes=changes or ())
+    built = jobs.build_index(loaded, places=_places(data, artifacts), dump=dump, out=out, strict=strict, log=_log)
+    if as_json:
+        _print_json({"path": str(built.path), "passages": len(built.store), "manifest": dict(built.artifact.manifest)})
+    else:
+        _print(str(built.path))
+
+
+@app.command()
+def ask(
+    pipeline: Annotated[str, typer.Argument(help="A pipeline recipe, such as pipelines/embedded.yaml.")],
+    question: Annotated[str, typer.Argument(help="The question.")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No evidence on stderr.")] = False,
+    build: Annotated[bool, typer.Option("--build", help="Build the index first if it is missing.")] = False,
+    data: Data = None,
+    artifacts: Artifacts = None,
+    changes: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Answer one question: the answer on stdout, the evidence and the stages' times on stderr."""
+    from odqa import jobs, report
+
+    if not question.strip():
+        raise typer.BadParameter("the question is empty", param_hint="QUESTION")
+    loaded = jobs.load_pipeline(pipeline, places=_places(data, artifacts), build=build, changes=changes or (), log=_log)
+    trace = loaded.ask(question)
+    if as_json:
+        _print_json(_trace_json(trace))
+        return
+    _print(trace.answer.text)
+    if not quiet:
+        sys.stderr.write("\n" + report.evidence(trace, terminal=sys.stderr.isatty()))
+
+
+@app.command()
+def run(
+    pipeline: Annotated[str, typer.Argument(help="A pipeline recipe.")],
+    questions: Annotated[str, typer.Argument(help='jsonl with {"id", "question"}, or DPR\'s question/answers csv.')],
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/run"),
+    build: Annotated[bool, typer.Option("--build", help="Build the index first if it is missing.")] = False,
+    data: Data = None,
+    artifacts: Artifacts = None,
+    changes: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a file of questions into a run folder. Run again after a kill, it continues."""
+    from odqa import jobs
+
+    places = _places(data, artifacts)
+    made = jobs.run(pipeline, questions, out, places=places, build=build, changes=changes or (), log=_log)
+    if as_json:
+        _print_json({"path": str(made.path), "manifest": dict(made.manifest)})
+    else:
+        _print(str(made.path))
+
+
+@app.command("eval")
+def evaluate(
+    recipe: Annotated[str, typer.Argument(help="An eval recipe, such as eval/nq-mini.yaml.")],
+    out: Annotated[Path | None, typer.Option(help="The folder of the runs [runs/RECIPE].")] = None,
+    save: Annotated[Path | None, typer.Option(help="Also write the report as markdown and JSON: FILE.md, FILE.json.")] = None,
+    data: Data = None,
+    artifacts: Artifacts = None,
+    changes: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Run and score: recall, recall in context, EM, F1, and where each answer was lost. Exit 1 if a number is missed."""
+    from odqa import jobs
+
+    places = _places(data, artifacts)
+    result = jobs.run_evaluation(recipe, places=places, out=out, changes=changes or (), log=_log)
+    _report(result, save, as_json)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A training recipe, such as pipelines/span-reader-lora.yaml.")],
+    out: Annotated[Path | None, typer.Option(help="The artifact folder [artifacts/RECIPE].")] = None,
+    data: Data = None,
+    artifacts: Artifacts = None,
+    changes: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Train the learned part of a reader; the backbone stays frozen. Run again after a kill, it continues."""
+    from odqa import jobs
+
+    made = jobs.train(recipe, places=_places(data, artifacts), out=out, changes=changes or (), log=_log)
+    if as_json:
+        _print_json({"path": str(made.path), "manifest": dict(made.manifest)})
+    else:
+        _print(str(made.path))
+
+
+@app.command()
+def explain(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    question_id: Annotated[str | None, typer.Option("--id", help="One question: its whole trace.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the funnel of a scored run, or one question's whole trace."""
+    from odqa import jobs
+
+    _print(jobs.explain(run_folder, question_id, as_json=as_json))
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="A scored run folder.")],
+    second: Annotated[Path, typer.Argument(help="Another one, on the same questions.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two scored runs on the same questions: paired differences with intervals, and what changed."""
+    from odqa import jobs
+
+    _print(jobs.diff(first, second, as_json=as_json))
+
+
+@app.command()
+def demo(artifacts: Artifacts = None) -> None:
+    """The whole way on what odqa carries: index the embedded dump, ask, evaluate. Offline."""
+    from odqa import jobs, report
+
+    places = _places(None, artifacts)
+    _log("1. the embedded dump becomes an index")
+    loaded = jobs.load_pipeline("pipelines/embedded.yaml", places=places, build=True, log=_log)
+    _log("2. questions are answered")
+    for question in jobs.DEMO_QUESTIONS:
+        trace = loaded.ask(question)
+        top = trace.contexts[-1].hits[0].passage.title if trace.contexts[-1].hits else "nothing"
+        _print(f"   {question}?  {trace.answer.text}  ({report.confidence(trace.answer)}; best passage: {top})")
+    _log("3. the evaluation")
+    result = jobs.run_evaluation("eval/embedded.yaml", places=places, log=_log)
+    _report(result, None, as_json=False)
+
+
+def main() -> None:
+    """The entry point: errors that are the input's fault become one line and exit code 2."""
+    try:
+        app()
+    except OdqaError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run the same command again to continue\n")
+        sys.exit(130)
+
+
+def _places(data: Path | None, artifacts: Path | None) -> "Places":
+    from odqa.recipes import Places
+
+    return Places.from_environment(data, artifacts)
+
+
+def _report(result: "EvaluationResult", save: Path | None, as_json: bool) -> None:
+    if save is not None:
+        result.save(save)
+    _print_json(result.to_json()) if as_json else _print(result.render())
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+def _trace_json(trace: "Trace") -> dict[str, Any]:
+    from odqa.runs import answer_to_json, timing_to_json, trace_to_json
+
+    return {**answer_to_json(trace), "trace": trace_to_json(trace), "timings": timing_to_json(trace)["steps"]}
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text.rstrip("\n") + "\n")
+
+
+def _print_json(value: Any) -> None:
+    _print(json.dumps(value, ensure_ascii=False, indent=1))
+
+
+def _log(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    main()

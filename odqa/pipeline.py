@@ -1,0 +1,132 @@
+"""A pipeline: retrieve, rerank, pack, read, and perhaps again. Queries in, traces out.
+
+Knows `types` and `stages` only: no recipe, no index, no gold answer. Closed-book is the pipeline without a retriever.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from odqa.stages import Packer, Reader, Recursion, Reranker, Retriever
+from odqa.types import Answer, Hit, LatentContext, PackedContext, Query, Step, Trace
+
+
+@dataclass(slots=True)
+class Pipeline:
+    """The stages, and how many passages go from the retriever on (`k`) in at most `max_passes` passes.
+
+    Without a retriever every context is packed empty (closed-book); without a reranker hits keep their order.
+    """
+
+    reader: Reader
+    packer: Packer
+    retriever: Retriever | None = None
+    reranker: Reranker | None = None
+    recursion: Recursion | None = None
+    k: int = 100
+    max_passes: int = 1
+
+    def answer(self, queries: Sequence[Query]) -> list[Trace]:
+        """One trace a query, in order. All queries go through each stage together; see `batches` for long lists."""
+        records = [_Record(query) for query in queries]
+        self._retrieve_and_read(records, list(queries), 1)
+        running = records
+        for pass_no in range(2, self.max_passes + 1):
+            if self.recursion is None or not running:
+                break
+            contexts, answers = [r.contexts[-1] for r in running], [r.answers[-1] for r in running]
+            decisions = self.recursion.again(contexts, answers, pass_no)
+            searching = [(r, d) for r, d in zip(running, decisions, strict=True) if isinstance(d, Query)]
+            reading = [(r, d) for r, d in zip(running, decisions, strict=True) if isinstance(d, PackedContext)]
+            if any(isinstance(decision, LatentContext) for decision in decisions):
+                raise NotImplementedError("no reader of this version reads latent contexts")
+            if searching:
+                self._retrieve_and_read([r for r, _ in searching], [q for _, q in searching], pass_no)
+            if reading:
+                self._read([r for r, _ in reading], [c for _, c in reading], pass_no)
+            running = [r for r, _ in searching] + [r for r, _ in reading]
+        return [record.trace() for record in records]
+
+    def batches(self, queries: Sequence[Query], size: int) -> Iterator[list[Trace]]:
+        """The same traces, `size` queries at a time, so that memory does not grow with their number."""
+        iterator = iter(queries)
+        while batch := list(islice(iterator, size)):
+            yield self.answer(batch)
+
+    def _retrieve_and_read(self, records: list["_Record"], queries: list[Query], pass_no: int) -> None:
+        hits: list[list[Hit]] = [[] for _ in queries]
+        if self.retriever is not None:
+            with _Clock() as clock:
+                hits = self.retriever.retrieve(queries, self.k)
+            _note(records, "retrieve", pass_no, clock, hits)
+        if self.reranker is not None:
+            with _Clock() as clock:
+                hits = self.reranker.rerank(queries, hits)
+            _note(records, "rerank", pass_no, clock, hits)
+        with _Clock() as clock:
+            contexts = self.packer.pack(queries, hits)
+        share = clock.seconds / len(records)
+        for record, context, query in zip(records, contexts, queries, strict=True):
+            costs = self.reader.costs(query, context.hits)
+            record.steps.append(
+                Step(
+                    "pack",
+                    pass_no,
+                    share,
+                    len(records),
+                    tuple(hit.passage.id for hit in context.hits),
+                    tuple(hit.score for hit in context.hits),
+                    tuple(price or 0 for price in costs.passages),
+                    {"tokens": context.tokens, "budget": context.budget, "dropped": _dropped(context)},
+                )
+            )
+        self._read(records, contexts, pass_no)
+
+    def _read(self, records: list["_Record"], contexts: list[PackedContext], pass_no: int) -> None:
+        with _Clock() as clock:
+            answers = self.reader.read(contexts)
+        for record, context, answer in zip(records, contexts, answers, strict=True):
+            record.contexts.append(context)
+            record.answers.append(replace(answer, passes=pass_no))
+            record.steps.append(Step("read", pass_no, clock.seconds / len(records), len(records)))
+
+
+class _Record:
+    """What becomes a query's trace."""
+
+    def __init__(self, query: Query) -> None:
+        self.query = query
+        self.steps: list[Step] = []
+        self.answers: list[Answer] = []
+        self.contexts: list[PackedContext] = []
+
+    def trace(self) -> Trace:
+        return Trace(self.query, tuple(self.steps), tuple(self.answers), tuple(self.contexts))
+
+
+class _Clock:
+    """Wall seconds of a `with` block."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> "_Clock":
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._started
+
+
+def _note(records: list[_Record], stage: str, pass_no: int, clock: _Clock, hits: list[list[Hit]]) -> None:
+    for record, found in zip(records, hits, strict=True):
+        ids, scores = tuple(hit.passage.id for hit in found), tuple(hit.score for hit in found)
+        record.steps.append(Step(stage, pass_no, clock.seconds / len(records), len(records), ids, scores))
+
+
+def _dropped(context: PackedContext) -> dict[str, list[str]]:
+    """Passage ids by the reason for which they were not packed."""
+    reasons: dict[str, list[str]] = {}
+    for drop in context.dropped:
+        reasons.setdefault(drop.reason, []).append(drop.passage_id)
+    return reasons

@@ -1,0 +1,367 @@
+"""From a YAML file to running stages: `load_recipe` reads and checks, `build_*` call plain constructors.
+
+A recipe is one file, without inheritance or interpolation. All mistakes of a file are reported at once, each with its
+path and the nearest valid name. No class outside this module sees a recipe.
+"""
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from odqa import config
+from odqa.artifacts import MANIFEST, sha256_file, sha256_json
+from odqa.errors import ArtifactError, DataError, RecipeError
+
+if TYPE_CHECKING:
+    from odqa.pipeline import Pipeline
+    from odqa.retrieve.index import Index
+    from odqa.stages import Reader, Reranker, Retriever
+    from odqa.types import Passage
+
+R = TypeVar("R", bound=config.Settings)
+
+FOLDERS = ("indexes", "pipelines", "eval")
+_SHIPPED = "recipes_shipped"  # where the wheel keeps the three folders
+
+
+# --- reading and checking -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A checked recipe: `settings` with every default filled in, `name` for folders, `hash` for manifests."""
+
+    path: Path
+    settings: config.Settings
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as JSON values, every default written out."""
+        return self.settings.model_dump(mode="json")
+
+    @property
+    def hash(self) -> str:
+        return sha256_json(self.resolved)
+
+
+def load_recipe(path: str | Path, kind: str | None = None, *, changes: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe; `changes` are "a.b=value" with values in YAML.
+
+    Raises RecipeError with every mistake of the file: unknown, missing and doubled keys, wrong types, wrong kind.
+    """
+    file = find_recipe(path)
+    values = _load_yaml(file)
+    for change in changes:
+        _apply(values, change)
+    found = values.get("kind")
+    if found not in config.RECIPES:
+        raise RecipeError(f"{file}: kind is {found!r}; expected one of {', '.join(config.RECIPES)}.")
+    if kind is not None and not str(found).startswith(kind):
+        raise RecipeError(f"{file}: this is a recipe of kind {found!r}; a recipe of kind {kind!r} is needed here.")
+    try:
+        return Recipe(file, config.RECIPES[found].model_validate(values))
+    except ValidationError as error:
+        mistakes = [_explain(detail, config.RECIPES[found]) for detail in error.errors()]
+        raise RecipeError("\n".join(f"{file}: {mistake}" for mistake in mistakes)) from None
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file itself, or the shipped recipe of that name (pipelines/nq-mini.yaml works from any folder)."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    candidates = [root / path for root in _recipe_roots()]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    shipped = sorted({f"{folder}/{file.name}" for folder, file in _shipped_recipes()})
+    near = difflib.get_close_matches(str(path), shipped, n=1)
+    hint = f" Did you mean {near[0]}?" if near else f" Shipped are {', '.join(shipped)}."
+    raise RecipeError(f"{path}: no such recipe here or among the shipped ones.{hint}")
+
+
+def _recipe_roots() -> list[Path]:
+    package = Path(str(resources.files("odqa")))
+    return [package / _SHIPPED, package.parent]  # an installed wheel, a source checkout
+
+
+def _shipped_recipes() -> Iterator[tuple[str, Path]]:
+    for root in _recipe_roots():
+        for folder in FOLDERS:
+            for file in sorted((root / folder).glob("*.yaml")):
+                yield folder, file
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A loader that refuses a key given twice, which YAML's own takes for a later, better idea."""
+
+
+def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            line = key_node.start_mark.line + 1
+            raise RecipeError(f"{key_node.start_mark.name}, line {line}: key {key!r} is given twice. Remove one.")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            values = yaml.load(file, _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping with a kind; found {type(values).__name__}.")
+    return values
+
+
+def _apply(values: dict[str, Any], change: str) -> None:
+    path, equals, value = change.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"--set {change}: expected key.key=value.")
+    *parents, last = path.split(".")
+    place: Any = values
+    for key in parents:
+        place = place[int(key)] if isinstance(place, list) and key.isdigit() and int(key) < len(place) else (
+            place.setdefault(key, {}) if isinstance(place, dict) else None
+        )
+        if not isinstance(place, dict | list):
+            raise RecipeError(f"--set {change}: {key!r} holds a value, not settings.")
+    if not isinstance(place, dict):
+        raise RecipeError(f"--set {change}: {last!r} is not a key of a mapping.")
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {change}: {value!r} is not a YAML value.") from error
+
+
+def _explain(detail: ErrorDetails, model: type[config.Settings]) -> str:
+    """One mistake in a line: where, what was found, what is expected, the nearest valid name."""
+    where = [part for part in detail["loc"]]
+    owner = _model_at(model, where[:-1] if detail["type"] in ("extra_forbidden", "missing") else where)
+    # pydantic puts the tag of a union into the path; a reader of the recipe does not see it there.
+    path = ".".join(str(part) for part in _without_tags(model, where))
+    if detail["type"] == "extra_forbidden" and owner is not None:
+        names = list(owner.model_fields)
+        near = difflib.get_close_matches(str(where[-1]), names, n=1)
+        kind = owner.model_fields["kind"].default if "kind" in owner.model_fields else None
+        owner_name = kind if isinstance(kind, str) else owner.__name__
+        return f"{path} is not a setting of {owner_name} ({', '.join(names)})." + (f" Did you mean {near[0]}?" if near else "")
+    if detail["type"] == "missing":
+        return f"{path} is missing."
+    return f"{path} is {detail['input']!r}: {detail['msg']}."
+
+
+def _model_at(model: type[config.Settings], where: Sequence[int | str]) -> type[config.Settings] | None:
+    """The settings class that the path leads to; None where it leads to a plain value."""
+    current: Any = model
+    for part in where:
+        members = _classes(current)
+        tagged = [m for m in members if _tag(m) == part]
+        if tagged:
+            current = tagged[0]
+        elif len(members) == 1 and isinstance(part, str) and part in members[0].model_fields:
+            current = members[0].model_fields[part].annotation
+    members = _classes(current)
+    return members[0] if len(members) == 1 else None
+
+
+def _without_tags(model: type[config.Settings], where: Sequence[int | str]) -> list[int | str]:
+    kept: list[int | str] = []
+    current: Any = model
+    for part in where:
+        members = _classes(current)
+        tagged = [m for m in members if len(members) > 1 and _tag(m) == part]
+        if tagged:
+            current = tagged[0]
+            continue
+        kept.append(part)
+        if len(members) == 1 and isinstance(part, str) and part in members[0].model_fields:
+            current = members[0].model_fields[part].annotation
+    return kept
+
+
+def _classes(annotation: Any) -> list[type[config.Settings]]:
+    """The settings classes in an annotation such as `A`, `A | B | None`, `tuple[A, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, config.Settings):
+        return [annotation]
+    return [found for argument in getattr(annotation, "__args__", ()) for found in _classes(argument)]
+
+
+def _tag(model: type[config.Settings]) -> str | None:
+    field = model.model_fields.get("kind")
+    values = getattr(field.annotation, "__args__", (None,)) if field is not None else (None,)
+    return values[0]
+
+
+# --- places ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where things lie: `data` is the data folder (None: not given), `artifacts` holds what odqa makes."""
+
+    data: Path | None = None
+    artifacts: Path = Path("artifacts")
+
+    @classmethod
+    def from_environment(cls, data: Path | None = None, artifacts: Path | None = None) -> "Places":
+        """Arguments first, then ODQA_DATA and ODQA_ARTIFACTS, then no data folder and ./artifacts."""
+        from_env = os.environ.get("ODQA_DATA")
+        return cls(
+            data if data is not None else Path(from_env) if from_env else None,
+            artifacts if artifacts is not None else Path(os.environ.get("ODQA_ARTIFACTS", "artifacts")),
+        )
+
+    def file(self, name: str) -> Path:
+        """The path that a recipe's `embedded:NAME`, `data:NAME` or plain path means. Raises DataError if it is not there."""
+        scheme, colon, rest = name.partition(":")
+        if colon and scheme == "embedded":
+            path = Path(str(resources.files("odqa"))) / "assets" / rest
+        elif colon and scheme == "data":
+            if self.data is None:
+                raise DataError(f"{name} lies in the data folder, which is not known. Give --data DIR or set ODQA_DATA.")
+            path = self.data / rest
+        else:
+            path = Path(name)
+        if not path.exists():
+            raise DataError(f"{name}: no such file ({path}).")
+        return path
+
+
+def describe_file(name: str, path: Path) -> dict[str, str]:
+    """How a manifest names an input file: as the recipe does, and by content."""
+    return {"name": name, "sha256": sha256_file(path)}
+
+
+# --- building ---------------------------------------------------------------------------------------------------------------
+
+
+def build_pipeline(recipe: Recipe, index: "Index | None") -> "Pipeline":
+    """The pipeline of a recipe, over an open index (None: closed-book)."""
+    from odqa.pack import GreedyPacker
+    from odqa.pipeline import Pipeline
+
+    settings = recipe.settings
+    assert isinstance(settings, config.PipelineRecipe)
+    reader = build_reader(settings.reader)
+    packer = GreedyPacker(reader, **dict(settings.packer))
+    retriever = build_retriever(settings, index)
+    return Pipeline(reader, packer, retriever, build_reranker(settings.reranker), k=settings.k)
+
+
+def build_retriever(settings: config.PipelineRecipe, index: "Index | None") -> "Retriever | None":
+    """The retriever; RecipeError if the recipe names one half only, or one that the index has no files for."""
+    from odqa.retrieve import index as retrieve
+
+    if settings.retriever is None:
+        return None
+    if index is None:
+        raise RecipeError(f"pipeline: a {settings.retriever.kind} retriever needs an index. Name one under index.")
+    chosen = settings.retriever
+    match chosen:
+        case config.Bm25Retriever():
+            return retrieve.Bm25Retriever(index)
+        case config.DenseRetriever():
+            return retrieve.DenseRetriever(index)
+        case config.HybridRetriever():
+            return retrieve.HybridRetriever(index, **chosen.model_dump(exclude={"kind"}))
+
+
+def build_reranker(settings: config.CrossEncoder | None) -> "Reranker | None":
+    """The re-ranker, or None."""
+    if settings is None:
+        return None
+    from odqa.rerank.cross import CrossEncoderReranker
+
+    return CrossEncoderReranker(**settings.model_dump(exclude={"kind"}))
+
+
+def build_reader(settings: config.SpanReaderSettings | config.LmReaderSettings) -> "Reader":
+    """The reader, its frozen model loaded."""
+    if isinstance(settings, config.SpanReaderSettings):
+        from odqa.read.span import SpanReader, load_span_reader
+
+        model = load_span_reader(
+            Places().file(settings.model), backbone=settings.backbone, device=settings.device, dtype=settings.dtype
+        )
+        return SpanReader(
+            model, candidates=settings.candidates, combine=settings.combine, abstain_above=settings.abstain_above
+        )
+    from odqa.read.lm import LmReader, load_lm
+    from odqa.read.prompts import Demonstration, find_template
+    from odqa.types import Passage
+
+    shown = [
+        Demonstration(d.question, d.answer, None if d.text is None else Passage(f"demonstration-{i}", d.text, d.title))
+        for i, d in enumerate(settings.demonstrations)
+    ]
+    load = {"device": settings.device, "dtype": settings.dtype, **settings.load_options}
+    backbone = load_lm(settings.model, architecture=settings.architecture, **load)
+    own = {"kind", "model", "architecture", "prompt", "template", "demonstrations", "device", "dtype", "load_options"}
+    template = find_template(settings.prompt, settings.template)
+    return LmReader(backbone, template, demonstrations=shown, **settings.model_dump(exclude=own))
+
+
+def read_source(settings: config.DumpPassages | config.FilePassages, path: Path, report: Any = None) -> "Iterator[Passage]":
+    """The passages of a source in order; of a dump, article by article, with ids counted from 1."""
+    if isinstance(settings, config.FilePassages):
+        from odqa.corpus.io import read_passages
+
+        yield from read_passages(path)
+        return
+    from odqa.corpus.mediawiki import read_articles
+    from odqa.corpus.split import split_article
+    from odqa.types import Passage
+
+    number = 0
+    articles = read_articles(
+        path, skip_disambiguation=settings.skip_disambiguation, strict=settings.strict, report=report
+    )
+    for article in articles:
+        for text in split_article(article.text, words=settings.words):
+            number += 1
+            yield Passage(str(number), text, article.title)
+
+
+def check_index_recipe(found: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
+    """Raises ArtifactError if the index in `folder` was built with other settings than the recipe's.
+
+    The passages may be others: `odqa index RECIPE --dump FILE` builds a recipe's index over a dump of one's own.
+    """
+    wanted = recipe.resolved
+    differing = sorted(key for key in wanted if key != "passages" and found.get(key) != wanted[key])
+    if differing:
+        raise ArtifactError(
+            f"{folder}: built with other settings of {', '.join(differing)} than {recipe.path} has now. Build it again "
+            f"with: odqa index {recipe.path}"
+        )
+
+
+def index_folder(name: str, places: Places) -> tuple[Path, Recipe | None]:
+    """Where the index that a pipeline names lies: the folder itself, or the place of what a recipe builds."""
+    path = Path(name)
+    if (path / MANIFEST).is_file():
+        return path, None
+    if path.suffix not in (".yaml", ".yml"):
+        raise ArtifactError(f"{name}: neither an index folder nor an index recipe (.yaml).")
+    recipe = load_recipe(path, "index")
+    return places.artifacts / recipe.name, recipe
