@@ -29,6 +29,7 @@ from odqa.recipes import (
 from odqa.report import Style, changed_table, comparison_table, explain_question, join, render
 from odqa.runs import Run, find_run, load_run, recording, trace_to_json
 from odqa.runtime import progress
+from odqa.stages import ProvesFrozen
 from odqa.types import Gold, Query, Trace
 
 if TYPE_CHECKING:
@@ -229,6 +230,9 @@ def run_queries(loaded: Loaded, queries: Sequence[Query], out: Path, *, source: 
                     traces = loaded.pipeline.answer(block)
                     writer.add([trace for trace in traces if trace.query.id not in writer.finished])
                 bar.advance(len(block))
+        if isinstance(loaded.pipeline.reader, ProvesFrozen):
+            loaded.pipeline.reader.check_frozen()
+            writer.measured["backbone_unchanged"] = True
     return load_run(out)
 
 

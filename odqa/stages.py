@@ -55,6 +55,15 @@ class Reader(Protocol):
 
 
 @runtime_checkable
+class ProvesFrozen(Protocol):
+    """A reader that can prove that its language model is still the one it loaded."""
+
+    def check_frozen(self) -> None:
+        """Raises AssertionError if a bit of the model's weights has changed since it was loaded."""
+        ...
+
+
+@runtime_checkable
 class Recursion(Protocol):
     """Decides what happens after a pass; the type of what it returns is the control flow."""
 

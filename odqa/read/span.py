@@ -103,6 +103,13 @@ class SpanModel:
         method.attach(backbone)
         self.rows = Rows(backbone.tokenizer, int(backbone.model.config.max_position_embeddings))
 
+    def check_frozen(self) -> None:
+        """Raises AssertionError if a bit of the backbone has changed since it was loaded."""
+        self.method.detach()
+        if fingerprint(self.backbone.model) != self.in_memory:
+            raise AssertionError(f"the frozen weights of {self.backbone.name} have changed")
+        self.method.attach(self.backbone)
+
     def spans(self, batch: SpanBatch) -> torch.Tensor:
         """(R, T, W) span scores, see `odqa.frozen.spans.span_scores`."""
         states = self.backbone.model(
@@ -134,6 +141,10 @@ class SpanReader:
     @property
     def backbone(self) -> Backbone:
         return self.model.backbone
+
+    def check_frozen(self) -> None:
+        """Raises AssertionError if a bit of the backbone has changed since it was loaded."""
+        self.model.check_frozen()
 
     def costs(self, query: Query, hits: Sequence[Hit]) -> TokenCosts:
         """Each passage costs its whole row (question, title, text, four special tokens); nothing else is charged."""

@@ -16,13 +16,12 @@ import torch
 
 from odqa.artifacts import Draft
 from odqa.errors import DataError
-from odqa.frozen.backbone import fingerprint
 from odqa.frozen.fit import FitSettings, fit
 from odqa.frozen.spans import SpanBatch, marginal_loss
 from odqa.read.span import Rows, SpanModel, SpanReader, save_span_reader
 from odqa.runtime import peak_memory_bytes
 from odqa.text import answer_spans, exact_match, f1
-from odqa.types import Gold, Hit, PackedContext, Passage, Query
+from odqa.types import Answer, Gold, Hit, PackedContext, Passage, Query
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -151,20 +150,23 @@ def token_spans(rows: Rows, example: Example, longest: int) -> list[tuple[int, i
 
 
 @torch.inference_mode()
+def read_gold_passages(
+    reader: SpanReader, questions: Sequence[tuple[Query, Gold]], passages: Mapping[str, Passage]
+) -> list[Answer]:
+    """Answers when the reader sees the best gold passage and nothing else."""
+    hits = [Hit(passages[gold.passage_ids[0]], 0.0, "gold") for _, gold in questions]
+    return reader.read([PackedContext(query, "", (hit,), 0, 0) for (query, _), hit in zip(questions, hits, strict=True)])
+
+
 def gold_passage_scores(
     reader: SpanReader, questions: Sequence[tuple[Query, Gold]], passages: Mapping[str, Passage]
 ) -> dict[str, float]:
-    """EM and F1 (0 to 100) when the reader sees the best gold passage and nothing else."""
-    contexts = []
-    for query, gold in questions:
-        hit = Hit(passages[gold.passage_ids[0]], 0.0, "gold")
-        contexts.append(PackedContext(query, "", (hit,), 0, 0))
-    answers = reader.read(contexts)
+    """Mean EM and F1 (0 to 100) of `read_gold_passages`."""
+    answers = read_gold_passages(reader, questions, passages)
     pairs = [(answer.text, gold.answers) for answer, (_, gold) in zip(answers, questions, strict=True)]
-    count = len(pairs)
     return {
-        "em": 100 * sum(exact_match(text, gold) for text, gold in pairs) / count,
-        "f1": 100 * sum(f1(text, gold) for text, gold in pairs) / count,
+        "em": 100 * sum(exact_match(text, gold) for text, gold in pairs) / len(pairs),
+        "f1": 100 * sum(f1(text, gold) for text, gold in pairs) / len(pairs),
     }
 
 
@@ -206,9 +208,7 @@ def train_span_reader(
     result = fit(
         modules, batches, loss, fit_settings, checkpoint=draft.path / CHECKPOINT, evaluate=evaluate if tune else None, log=log
     )
-    model.method.detach()
-    if fingerprint(model.backbone.model) != model.in_memory:
-        raise AssertionError(f"the frozen weights of {model.backbone.name} have changed")
+    model.check_frozen()
     save_span_reader(draft.path, model, dtype=stored)
     # Seconds differ between equal runs; the curve proper must not.
     curve = [{key: value for key, value in entry.items() if key != "seconds"} for entry in result.curve]
