@@ -64,14 +64,20 @@ def load_artifact(path: Path, kind: str | None = None, *, verify: bool = False) 
     path = Path(path)
     manifest_file = path / MANIFEST
     if not manifest_file.is_file():
-        hint = " A partial one is beside it: run the same command again to finish it." if partial_path(path).is_dir() else ""
+        hint = (
+            " A partial one is beside it: run the same command again to finish it."
+            if partial_path(path).is_dir()
+            else ""
+        )
         raise ArtifactError(f"{path}: no finished artifact here ({MANIFEST} is missing).{hint}")
     try:
         manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         found = manifest["kind"]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{manifest_file}: not a manifest of odqa ({error!r}). Build the artifact again.") from error
+        raise ArtifactError(
+            f"{manifest_file}: not a manifest of odqa ({error!r}). Build the artifact again."
+        ) from error
     if kind is not None and found != kind:
         raise ArtifactMismatch(f"{path}: this is an artifact of kind {found!r}; {kind!r} is needed here.")
     for name, (size, digest) in files.items():
@@ -80,7 +86,9 @@ def load_artifact(path: Path, kind: str | None = None, *, verify: bool = False) 
             state = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
             raise ArtifactError(f"{path}: {name} {state}, the manifest says {size} bytes. Build the artifact again.")
         if verify and sha256_file(file) != digest:
-            raise ArtifactError(f"{path}: {name} is damaged (its sha256 is not the manifest's). Build the artifact again.")
+            raise ArtifactError(
+                f"{path}: {name} is damaged (its sha256 is not the manifest's). Build the artifact again."
+            )
     return Artifact(path, manifest)
 
 
@@ -99,7 +107,7 @@ class Draft:
         return (self.path / name).exists()
 
     def part(self, name: str, write: Callable[[Path], None]) -> Path:
-        """Make the file or folder `name` once: `write` gets a temporary path, which is synced and renamed when it returns."""
+        """Make the file or folder `name` once: `write` gets a temporary path, synced and renamed afterwards."""
         target = self.path / name
         if target.exists():
             return target
@@ -120,16 +128,24 @@ class Draft:
 
 @contextlib.contextmanager
 def building(
-    path: Path, kind: str, *, recipe: Mapping[str, Any], inputs: Mapping[str, Any], scratch: tuple[str, ...] = ()
+    path: Path,
+    kind: str,
+    *,
+    recipe: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    scratch: tuple[str, ...] = (),
+    unlisted: tuple[str, ...] = (),
 ) -> Iterator[Draft]:
     """Build the artifact `path`: yields a Draft, and finishes it when the block ends without an error.
 
     `recipe` is the resolved recipe; `inputs` identifies what was read (names and sha256). A partial folder of the same
     kind, recipe and inputs is continued, one of any other identity is thrown away. Names in `scratch` (files or folders
-    inside the draft) are working state and are removed before the manifest is written. A finished artifact that already
-    bears the name is replaced only when the new one is complete.
+    inside the draft) are working state and are removed once the manifest is written; those in `unlisted` stay, but the
+    manifest does not list them, because they may differ between equal artifacts. A finished artifact of this kind
+    that already bears the name is replaced only when the new one is complete; anything else there is refused at once.
     """
     path = Path(path)
+    _check_place(path, kind)
     identity = sha256_json({"kind": kind, "recipe": recipe, "inputs": inputs, "odqa": odqa.__version__})
     partial = partial_path(path)
     spent = _enter_partial(partial, identity)
@@ -140,12 +156,13 @@ def building(
     except BaseException:
         _save_state(partial, identity, spent + time.monotonic() - started)
         raise
-    for name in (*scratch, _STATE):
-        _remove(partial / name)
+    for leftover in [*partial.rglob(".*.tmp")]:  # half-written files of a try that was killed
+        _remove(leftover)
+    hidden = (*scratch, *unlisted, _STATE, MANIFEST)
     files = {
-        file.relative_to(partial).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
         for file in sorted(partial.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
+        if file.is_file() and not _is_below(name := file.relative_to(partial).as_posix(), hidden)
     }
     manifest = {
         "kind": kind,
@@ -161,6 +178,9 @@ def building(
     _sync(partial)
     _write_text(partial / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
     _sync(partial / MANIFEST)
+    # Only now: a try that is killed while it hashes gigabytes still has its working state.
+    for name in (*scratch, _STATE):
+        _remove(partial / name)
     _replace(partial, path)
 
 
@@ -190,11 +210,27 @@ def _save_state(partial: Path, identity: str, seconds: float) -> None:
     temporary.rename(partial / _STATE)
 
 
+def _check_place(path: Path, kind: str) -> None:
+    """Refuse to put an artifact where something else lies: a file, a folder of another kind or of no kind."""
+    what = "a file"
+    if path.is_dir():
+        what = "a folder that odqa did not make" if any(path.iterdir()) else ""
+    if (path / MANIFEST).is_file():
+        what = ""
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged artifact is built again
+            found = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["kind"]
+            what = f"an artifact of kind {found!r}" if found != kind else ""
+    if what and path.exists():
+        raise ArtifactError(f"{path}: {what} is in the way of the {kind} to be made here. Choose another --out.")
+
+
+def _is_below(name: str, folders: tuple[str, ...]) -> bool:
+    return any(name == folder or name.startswith(f"{folder}/") for folder in folders)
+
+
 def _replace(partial: Path, path: Path) -> None:
     """Put the finished folder in place; an older artifact of that name makes room only now."""
     if path.exists():
-        if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
-            raise ArtifactError(f"{path}: a folder that odqa did not make is in the way. Choose another --out.")
         outgoing = path.parent / f".{path.name}.old"
         _remove(outgoing)
         path.rename(outgoing)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from odqa.errors import OdqaError
+from odqa.errors import DataError, OdqaError
 
 if TYPE_CHECKING:
     from odqa.jobs import EvaluationResult
@@ -31,7 +31,8 @@ Data = Annotated[
     Path | None, typer.Option("--data", help="The data folder that data:NAME in recipes means [env: ODQA_DATA].")
 ]
 Artifacts = Annotated[
-    Path | None, typer.Option("--artifacts", help="Where indexes and trained parts lie [env: ODQA_ARTIFACTS; ./artifacts].")
+    Path | None,
+    typer.Option("--artifacts", help="Where indexes and trained parts lie [env: ODQA_ARTIFACTS; ./artifacts]."),
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting of the recipe, once or more often.")
@@ -40,7 +41,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdo
 
 
 @app.command()
-def check(recipe: Annotated[str, typer.Argument(help="Any recipe.")], changes: Set = None, as_json: Json = False) -> None:
+def check(
+    recipe: Annotated[str, typer.Argument(help="Any recipe.")], changes: Set = None, as_json: Json = False
+) -> None:
     """Validate a recipe; print it with every default filled in, and its hash."""
     from odqa.recipes import load_recipe
 
@@ -56,9 +59,13 @@ def check(recipe: Annotated[str, typer.Argument(help="Any recipe.")], changes: S
 @app.command()
 def index(
     recipe: Annotated[str, typer.Argument(help="An index recipe, such as indexes/embedded.yaml.")],
-    dump: Annotated[str | None, typer.Option(help="A MediaWiki dump (.xml, .xml.bz2) instead of the recipe's passages.")] = None,
+    dump: Annotated[
+        str | None, typer.Option(help="A MediaWiki dump (.xml, .xml.bz2) instead of the recipe's passages.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The index folder [artifacts/RECIPE].")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="A damaged dump is an error, not a partial collection.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="A damaged dump is an error, not a partial collection.")
+    ] = False,
     data: Data = None,
     artifacts: Artifacts = None,
     changes: Set = None,
@@ -91,7 +98,7 @@ def ask(
     from odqa import jobs, report
 
     if not question.strip():
-        raise typer.BadParameter("the question is empty", param_hint="QUESTION")
+        raise DataError("the question is empty. Ask something.")
     loaded = jobs.load_pipeline(pipeline, places=_places(data, artifacts), build=build, changes=changes or (), log=_log)
     trace = loaded.ask(question)
     if as_json:
@@ -128,13 +135,15 @@ def run(
 def evaluate(
     recipe: Annotated[str, typer.Argument(help="An eval recipe, such as eval/nq-mini.yaml.")],
     out: Annotated[Path | None, typer.Option(help="The folder of the runs [runs/RECIPE].")] = None,
-    save: Annotated[Path | None, typer.Option(help="Also write the report as markdown and JSON: FILE.md, FILE.json.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Also write the report as markdown and JSON: FILE.md, FILE.json.")
+    ] = None,
     data: Data = None,
     artifacts: Artifacts = None,
     changes: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Run and score: recall, recall in context, EM, F1, and where each answer was lost. Exit 1 if a number is missed."""
+    """Run and score: recall, recall in context, EM, F1, where each answer was lost. Exit 1 if a number is missed."""
     from odqa import jobs
 
     places = _places(data, artifacts)
@@ -206,7 +215,7 @@ def demo(artifacts: Artifacts = None) -> None:
 def main() -> None:
     """The entry point: errors that are the input's fault become one line and exit code 2."""
     try:
-        app()
+        app(prog_name="odqa")
     except OdqaError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.exit(2)

@@ -4,9 +4,13 @@ Every model forbids unknown keys. Components of one stage are told apart by `kin
 the package, `data:NAME` lies in the data folder (--data or ODQA_DATA), anything else is relative to the current folder.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from odqa.errors import DataError
 
 
 class Settings(BaseModel):
@@ -15,7 +19,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-# --- an index -----------------------------------------------------------------------------------------------------------
+# --- an index ---------------------------------------------------------------------------------------------------------
 
 
 class DumpPassages(Settings):
@@ -89,7 +93,7 @@ class IndexRecipe(Settings):
     dense: Dense | None = None
 
 
-# --- a pipeline ---------------------------------------------------------------------------------------------------------
+# --- a pipeline -------------------------------------------------------------------------------------------------------
 
 
 class Bm25Retriever(Settings):
@@ -106,8 +110,8 @@ class HybridRetriever(Settings):
     kind: Literal["hybrid"]
     depth: int = Field(100, ge=1, description="passages taken from each list")
     fusion: Literal["weighted", "rrf"] = "weighted"
-    weights: tuple[float, float] = Field((0.5, 0.5), description="of BM25 and dense scores")
-    normalise: Literal["none", "min-max", "z-score"] = "min-max"
+    weights: tuple[float, float] = Field((0.0325, 0.9675), description="of BM25 and dense scores")
+    normalise: Literal["none", "min-max", "z-score"] = "none"
     c: float = Field(60.0, ge=0, description="the constant of reciprocal rank fusion")
 
 
@@ -195,8 +199,14 @@ class PipelineRecipe(Settings):
     reader: Annotated[SpanReaderSettings | LmReaderSettings, Field(discriminator="kind")]
     batch: int = Field(64, ge=1, description="questions that go through the stages together in run and eval")
 
+    @model_validator(mode="after")
+    def _check_retriever(self) -> Self:
+        if self.retriever is not None and self.index is None:
+            raise ValueError(f"a {self.retriever.kind} retriever needs an index. Name one under index.")
+        return self
 
-# --- an evaluation ------------------------------------------------------------------------------------------------------
+
+# --- an evaluation ----------------------------------------------------------------------------------------------------
 
 
 class Expected(Settings):
@@ -207,14 +217,35 @@ class Expected(Settings):
 
 
 class QuestionSet(Settings):
-    """A question file with answers, and what is expected of it. `hub` names a data set of `datasets` instead of a file."""
+    """Questions with answers, and what is expected of them: a file, or a data set that `datasets` loads (`hub`).
 
-    name: str
+    A data set has the columns question, answer or answers (lists of strings), perhaps id. `name` is a folder's, too.
+    """
+
+    name: str = Field(pattern=r"^\w[\w.-]*$")
     file: str | None = None
-    hub: str | None = Field(None, description="such as nq_open; needs the extra datasets")
+    hub: str | None = Field(None, description="a name of the hub or a local folder; needs the extra datasets")
     split: str
     matcher: Literal["string", "regex"] = "string"
     expected: dict[str, dict[str, Expected]] = Field({}, description="by the name of a pipeline recipe, then by metric")
+
+    @field_validator("expected")
+    @classmethod
+    def _check_metrics(cls, expected: dict[str, dict[str, Expected]]) -> dict[str, dict[str, Expected]]:
+        from odqa.evaluate import Metric
+
+        for metric in {metric for metrics in expected.values() for metric in metrics}:
+            try:
+                Metric.parse(metric)
+            except DataError as error:
+                raise ValueError(str(error)) from error
+        return expected
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if (self.file is None) == (self.hub is None):
+            raise ValueError(f"question set {self.name} needs either a file or a data set (hub).")
+        return self
 
 
 class EvalRecipe(Settings):
@@ -223,11 +254,29 @@ class EvalRecipe(Settings):
     kind: Literal["eval"]
     pipelines: tuple[str, ...] = Field(min_length=1)
     questions: tuple[QuestionSet, ...] = Field(min_length=1)
-    recall_at: tuple[int, ...] = (1, 5, 20, 100)
+    recall_at: tuple[Annotated[int, Field(ge=1)], ...] = (1, 5, 20, 100)
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        pipelines = [PurePath(pipeline).stem for pipeline in self.pipelines]
+        _check_unique("pipelines", pipelines)
+        _check_unique("question sets", [question_set.name for question_set in self.questions])
+        for question_set in self.questions:
+            for name in question_set.expected:
+                if name not in pipelines:
+                    raise ValueError(
+                        f"numbers are expected of {name} on {question_set.name}; pipelines are {', '.join(pipelines)}."
+                    )
+        return self
 
-# --- training -----------------------------------------------------------------------------------------------------------
+
+def _check_unique(what: str, names: Sequence[str]) -> None:
+    if len(set(names)) != len(names):
+        raise ValueError(f"{what} need names of their own (found: {', '.join(names)}).")
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 class LoraSettings(Settings):
@@ -236,7 +285,9 @@ class LoraSettings(Settings):
     kind: Literal["lora"]
     rank: int = Field(32, ge=1)
     alpha: float = Field(64.0, gt=0)
-    targets: tuple[str, ...] | None = Field(None, description="endings of module names; None: every linear map of the layers")
+    targets: tuple[str, ...] | None = Field(
+        None, description="endings of module names; None: every linear map of the layers"
+    )
     seed: int = 0
 
 
@@ -295,10 +346,13 @@ class ReaderTraining(Settings):
     method: Annotated[LoraSettings | DeepPromptSettings | FineTuningSettings, Field(discriminator="kind")]
     longest: int = Field(24, ge=1, description="tokens of the longest answer")
     train: str = Field(description="jsonl of question, answers, title, passage, negative_ids, source")
-    passages: tuple[str, ...] = Field((), description="files that hold the passages named by negative_ids and tune sets")
+    passages: tuple[str, ...] = Field(
+        (), description="files that hold the passages named by negative_ids and tune sets"
+    )
     groups: GroupRecipe = GroupRecipe()
     fit: FitRecipe
     tune: tuple[TuneSet, ...] = ()
+    start: str | None = Field(None, description="a trained reader of the same method to go on from; null: from nothing")
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: bool | None = Field(None, description="forward pass in bfloat16; None: where that is fast")

@@ -6,15 +6,15 @@ command line's business.
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import odqa
 from odqa import config
-from odqa.artifacts import Artifact, load_artifact, sha256_file, sha256_json
-from odqa.errors import ArtifactError, DataError, MissingExtra
+from odqa.artifacts import MANIFEST, Artifact, load_artifact, sha256_file, sha256_json
+from odqa.errors import ArtifactError, ArtifactMismatch, DataError, MissingExtra
 from odqa.evaluate import Check, Evaluation, Expectation, check_expectations, compare, evaluate
 from odqa.recipes import (
     Places,
@@ -26,14 +26,15 @@ from odqa.recipes import (
     load_recipe,
     read_source,
 )
-from odqa.report import Style, changed_table, comparison_table, explain_question, join, render
-from odqa.runs import Run, find_run, load_run, recording, trace_to_json
+from odqa.report import Style, changed_table, comparison_table, explain_question, join, render, stage_table
+from odqa.runs import SCORES, Run, find_run, load_run, recording, trace_to_json
 from odqa.runtime import progress
 from odqa.stages import ProvesFrozen
 from odqa.types import Gold, Query, Trace
 
 if TYPE_CHECKING:
     from odqa.pipeline import Pipeline
+    from odqa.retrieve.dense import EncoderSettings
     from odqa.retrieve.index import Index
 
 Log = Callable[[str], None]
@@ -49,7 +50,7 @@ def _silent(_line: str) -> None:
     """The default log."""
 
 
-# --- index ----------------------------------------------------------------------------------------------------------------
+# --- index ------------------------------------------------------------------------------------------------------------
 
 
 def build_index(
@@ -82,9 +83,12 @@ def build_index(
     path = places.file(settings.passages.file)
     folder = out or places.artifacts / recipe.name
     source_file = describe_file(settings.passages.file, path)
-    if (folder / "manifest.json").is_file():
-        found = load_artifact(folder, "index")
-        if found.manifest["recipe"] == recipe.resolved and found.manifest["inputs"]["passages"] == source_file:
+    encoder = _encoder_settings(settings.dense)
+    found = _finished(folder, retrieve.KIND, recipe, log)
+    if found is not None:
+        inputs = found.manifest["inputs"]
+        is_same = encoder is None or inputs["encoder"] == _encoder_weights(encoder)
+        if is_same and inputs["passages"] == source_file:
             log(f"{folder}: built already")
             return retrieve.load_index(folder)
     report = DumpReport()
@@ -93,19 +97,42 @@ def build_index(
         read_source(settings.passages, path, report),
         source=source_file,
         bm25=_bm25_settings(settings.bm25),
-        encoder=_encoder_settings(settings.dense),
+        encoder=encoder,
         vectors=_vector_settings(settings.dense),
         recipe=recipe.resolved,
     )
     if report.pages:
         log(
             f"{report.pages:,} pages: {report.articles:,} articles, {report.redirects:,} redirects, "
-            f"{report.disambiguations:,} disambiguation pages skipped, {sum(report.other_namespaces.values()):,} in other namespaces"
+            f"{report.disambiguations:,} disambiguation pages skipped, "
+            f"{sum(report.other_namespaces.values()):,} in other namespaces"
         )
     if report.lost:
         log(f"warning: {report.lost}")
     log(f"{folder}: {len(index.store):,} passages in {index.artifact.manifest['measured']['seconds']:.1f} s")
     return index
+
+
+def _finished(folder: Path, kind: str, recipe: Recipe, log: Log) -> Artifact | None:
+    """The artifact in `folder` if `recipe` made it; None if it is still to be made, or to be made again."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        found = load_artifact(folder, kind)
+    except ArtifactMismatch:
+        raise
+    except ArtifactError as error:
+        log(f"warning: {error} Doing so now.")
+        return None
+    return found if found.manifest["recipe"] == recipe.resolved else None
+
+
+def _encoder_weights(settings: "EncoderSettings") -> dict[str, str]:
+    """Fingerprints of an encoder's two models, as the manifest of an index has them."""
+    from odqa.retrieve.dense import Encoder, fingerprint
+
+    encoder = Encoder(settings)
+    return {"question": fingerprint(encoder.question_folder), "passage": fingerprint(encoder.passage_folder)}
 
 
 def _bm25_settings(settings: config.Bm25 | None) -> Any:
@@ -119,7 +146,7 @@ def _bm25_settings(settings: config.Bm25 | None) -> Any:
     return Bm25Settings(**settings.model_dump(exclude={"analyzer"}), analyzer=analyzer)
 
 
-def _encoder_settings(settings: config.Dense | None) -> Any:
+def _encoder_settings(settings: config.Dense | None) -> "EncoderSettings | None":
     if settings is None:
         return None
     from odqa.retrieve.dense import EncoderSettings
@@ -135,7 +162,7 @@ def _vector_settings(settings: config.Dense | None) -> Any:
     return VectorSettings(**settings.vectors.model_dump())
 
 
-# --- answering ------------------------------------------------------------------------------------------------------------
+# --- answering --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -178,7 +205,7 @@ def load_pipeline(
         folder, index_recipe = index_folder(settings.index, places)
         if build and index_recipe is not None:
             index = build_index(index_recipe, places=places, log=log)
-        elif not (folder / "manifest.json").is_file():
+        elif not (folder / MANIFEST).is_file():
             raise ArtifactError(f"{folder}: the index is not built yet. Build it with: odqa index {settings.index}")
         else:
             index = load_index(folder)
@@ -203,9 +230,10 @@ def run(
     from odqa.corpus.io import read_questions
 
     places = places or Places.from_environment()
+    recipe = _recipe(recipe, "pipeline", changes)
     path = places.file(questions)
     queries = read_questions(path)
-    loaded = load_pipeline(recipe, places=places, build=build, changes=changes, log=log)
+    loaded = load_pipeline(recipe, places=places, build=build, log=log)
     return run_queries(loaded, queries, out, source=describe_file(questions, path), log=log)
 
 
@@ -214,7 +242,7 @@ def run_queries(loaded: Loaded, queries: Sequence[Query], out: Path, *, source: 
     settings = loaded.recipe.settings
     assert isinstance(settings, config.PipelineRecipe)
     inputs = {"questions": dict(source), "index": loaded.index.artifact.hash if loaded.index else None}
-    inputs |= {"reader": _reader_identity(settings)}
+    inputs |= {"reader": _reader_identity(loaded)}
     resolved = loaded.recipe.resolved
     if find_run(out, recipe=resolved, inputs=inputs) is not None:
         log(f"{out}: answered already")
@@ -236,15 +264,19 @@ def run_queries(loaded: Loaded, queries: Sequence[Query], out: Path, *, source: 
     return load_run(out)
 
 
-def _reader_identity(settings: config.Settings) -> str | None:
-    """What the reader's trained part is, by content; None for one that is wholly named by the recipe."""
+def _reader_identity(loaded: Loaded) -> str:
+    """What the reader is, by content: the hash of its trained part, or of the frozen model that reads alone."""
+    settings = loaded.recipe.settings
     assert isinstance(settings, config.PipelineRecipe)
     if isinstance(settings.reader, config.SpanReaderSettings):
         return sha256_file(Places().file(settings.reader.model) / "method.safetensors")
-    return None
+    from odqa.read.lm import LmReader
+
+    assert isinstance(loaded.pipeline.reader, LmReader)
+    return loaded.pipeline.reader.backbone.fingerprint
 
 
-# --- evaluation -----------------------------------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,11 +350,13 @@ def run_evaluation(
     assert isinstance(settings, config.EvalRecipe)
     sets = [(question_set, *_load_questions(question_set, places)) for question_set in settings.questions]
     result = EvaluationResult(recipe)
-    index_of: dict[str, "Index"] = {}
+    index_of: dict[str, Index] = {}
     for path in settings.pipelines:
         loaded = load_pipeline(path, places=places, build=True, indexes=index_of, log=log)
         for question_set, source, queries, gold in sets:
-            folder = (out or Path("runs")) / f"{recipe.name}-{_version(loaded)}" / loaded.recipe.name / question_set.name
+            folder = (
+                (out or Path("runs")) / f"{recipe.name}-{_version(loaded)}" / loaded.recipe.name / question_set.name
+            )
             log(f"{loaded.recipe.name} on {question_set.name}: {len(queries)} questions")
             finished = run_queries(loaded, queries, folder, source=source, log=log)
             evaluation = score_run(
@@ -339,14 +373,12 @@ def run_evaluation(
 def _version(loaded: Loaded) -> str:
     """Eight hex digits for the run folder of a pipeline: its settings, its index, its reader's trained part."""
     index_hash = loaded.index.artifact.hash if loaded.index else None
-    return sha256_json([loaded.recipe.hash, index_hash, _reader_identity(loaded.recipe.settings)])[:8]
+    return sha256_json([loaded.recipe.hash, index_hash, _reader_identity(loaded)])[:8]
 
 
 def score_run(finished: Run, gold: Sequence[Gold], index: "Index | None", **options: Any) -> Evaluation:
     """Score a finished run and leave scores.json in its folder. `options` go to `odqa.evaluate.evaluate`."""
-    evaluation = evaluate(
-        finished.traces(), gold, _text_of(index), measured=finished.manifest["measured"], **options
-    )
+    evaluation = evaluate(finished.traces(), gold, _text_of(index), measured=finished.manifest["measured"], **options)
     finished.save_scores(evaluation.to_json())
     return evaluation
 
@@ -358,45 +390,74 @@ def _text_of(index: "Index | None") -> Callable[[str], str]:
     return lambda passage_id: store[store.row_of(passage_id)].text
 
 
-def _load_questions(
-    question_set: config.QuestionSet, places: Places
-) -> tuple[dict[str, str], list[Query], list[Gold]]:
-    """Source, queries and gold of a question set, from a file or from a data set of the hub."""
+def _load_questions(question_set: config.QuestionSet, places: Places) -> tuple[dict[str, str], list[Query], list[Gold]]:
+    """Source, queries and gold of a question set, from a file or through `datasets`."""
     from odqa.corpus.io import read_gold, read_questions
 
     if question_set.file is not None:
         path = places.file(question_set.file)
         return describe_file(question_set.file, path), read_questions(path), read_gold(path)
-    if question_set.hub is None:
-        raise DataError(f"question set {question_set.name}: name a file or a data set (hub).")
+    name = f"{question_set.hub}/{question_set.split}"
+    queries, gold = [], []
+    for number, row in enumerate(_load_data_set(str(question_set.hub), question_set.split), 1):
+        question, answers = row.get("question"), row.get("answers", row.get("answer"))
+        if not isinstance(question, str) or not question.strip():
+            raise DataError(f"{name}: row {number} has no text under question (found: {', '.join(row)}).")
+        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+            raise DataError(f"{name}: row {number} has no list of strings under answers or answer.")
+        queries.append(Query(str(row.get("id", number)), question))
+        gold.append(Gold(queries[-1].id, tuple(answers)))
+    if not queries:
+        raise DataError(f"{name}: no questions here.")
+    content = [[query.id, query.text, item.answers] for query, item in zip(queries, gold, strict=True)]
+    return {"name": name, "sha256": sha256_json(content)}, queries, gold
+
+
+def _load_data_set(name: str, split: str) -> Iterable[dict[str, Any]]:
+    """The rows of a data set of the hub or of a local folder. Raises DataError with what `datasets` says."""
     try:
         import datasets
     except ImportError as error:
-        raise MissingExtra(f"The data set {question_set.hub}", "datasets", "datasets") from error
-    rows = datasets.load_dataset(question_set.hub, split=question_set.split)
-    column = "answers" if "answers" in rows.column_names else "answer"
-    queries = [Query(str(row.get("id", number)), row["question"]) for number, row in enumerate(rows, 1)]
-    gold = [Gold(query.id, tuple(row[column])) for query, row in zip(queries, rows, strict=True)]
-    return {"name": f"{question_set.hub}/{question_set.split}", "sha256": str(rows._fingerprint)}, queries, gold
+        raise MissingExtra(f"The data set {name}", "datasets", "datasets") from error
+    try:
+        datasets.disable_progress_bars()
+        return datasets.load_dataset(name, split=split)  # type: ignore[no-any-return]
+    except Exception as error:  # its errors have no common base: connection, unknown name, unknown split, damaged file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"data set {name}, split {split}: does not load ({reason}). Give a hub name, a folder, or use a file."
+        ) from error
 
 
-# --- looking at runs ------------------------------------------------------------------------------------------------------
+# --- looking at runs --------------------------------------------------------------------------------------------------
 
 
 def explain(path: Path, question_id: str | None = None, *, as_json: bool = False) -> str:
-    """The scores and the funnel of a scored run; or one question's trace, with where its answer was lost if known."""
+    """The scores and the funnel of a scored run; or one question's trace, with where its answer was lost if known.
+
+    Of a run that is not scored yet: how many questions, the time of its stages, and what would score it.
+    """
     finished = load_run(path)
-    if question_id is None:
-        evaluation = Evaluation.from_json(finished.scores())
+    evaluation = Evaluation.from_json(finished.scores()) if (path / SCORES).is_file() else None
+    if question_id is not None:
+        trace = finished.trace(question_id)
+        if as_json:
+            return json.dumps(trace_to_json(trace), ensure_ascii=False)
+        if evaluation is None:
+            return explain_question(trace)
+        result = next((question for question in evaluation.questions if question.id == question_id), None)
+        return explain_question(trace, result=result, matcher=evaluation.matcher)
+    if evaluation is not None:
         return json.dumps(evaluation.to_json(), ensure_ascii=False) if as_json else render([(path.name, evaluation)])
-    trace = finished.trace(question_id)
     if as_json:
-        return json.dumps(trace_to_json(trace), ensure_ascii=False)
-    text = explain_question(trace)
-    if (path / "scores.json").is_file():
-        question = next(q for q in Evaluation.from_json(finished.scores()).questions if q.id == question_id)
-        text += f"\ngold: {' | '.join(question.answers) or '(none)'}\noutcome: {question.outcome}\n"
-    return text
+        return json.dumps({key: finished.manifest[key] for key in ("counts", "measured")} | {"scores": None})
+    counts = finished.manifest["counts"]
+    unscored = Evaluation("", "", "string", (), (), 0, 0, 0, measured=finished.manifest["measured"])
+    return (
+        f"{stage_table(path.name, [(path.name, unscored)]).text()}\n\n"
+        f"{counts['questions']} questions, {counts['abstained']} of them abstained on. Not scored: that needs answers "
+        "to compare with.\nName the pipeline and the questions in an eval recipe, and score with: odqa eval RECIPE\n"
+    )
 
 
 def diff(first: Path, second: Path, *, as_json: bool = False) -> str:
@@ -409,7 +470,7 @@ def diff(first: Path, second: Path, *, as_json: bool = False) -> str:
     return join([comparison_table(*names, comparison), changed_table(*names, comparison)])
 
 
-# --- training -------------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def train(
@@ -422,12 +483,13 @@ def train(
 ) -> Artifact:
     """Train what a recipe describes; continues a killed training at its last checkpoint."""
     import torch
+    from safetensors.torch import load_file
 
     from odqa.artifacts import building
     from odqa.corpus.io import read_gold, read_passages, read_questions
     from odqa.frozen.backbone import load_backbone
     from odqa.frozen.fit import FitSettings
-    from odqa.frozen.method import create_method
+    from odqa.frozen.method import TENSORS, create_method, load_tensors
     from odqa.frozen.spans import SpanHead
     from odqa.read import span
     from odqa.read import train as training
@@ -444,25 +506,41 @@ def train(
     # Eager attention: its backward pass is a third faster than the fused one on processors (docs/LOG.md).
     on_cpu = choose_device(settings.device).type == "cpu"
     backbone = load_backbone(
-        settings.backbone, "encoder", device=settings.device, dtype=settings.dtype, attention="eager" if on_cpu else "sdpa"
+        settings.backbone,
+        "encoder",
+        device=settings.device,
+        dtype=settings.dtype,
+        attention="eager" if on_cpu else "sdpa",
     )
-    inputs = {name: sha256_file(path) for name, path in files.items()} | {"backbone": backbone.fingerprint}
-    if (folder / "manifest.json").is_file():
-        found = load_artifact(folder, span.KIND)
-        if found.manifest["recipe"] == recipe.resolved and found.manifest["inputs"] == inputs:
-            log(f"{folder}: trained already")
-            return found
+    inputs = {name: describe_file(name, path)["sha256"] for name, path in files.items()} | {
+        "backbone": backbone.fingerprint
+    }
+    if settings.start is not None:
+        start = places.file(settings.start)
+        inputs["start"] = sha256_json([sha256_file(start / name) for name in (TENSORS, span.HEAD)])
+    found = _finished(folder, span.KIND, recipe, log)
+    if found is not None and found.manifest["inputs"] == inputs:
+        log(f"{folder}: trained already")
+        return found
     passages = {passage.id: passage for name in settings.passages for passage in read_passages(files[name])}
     tune = {}
     for chosen in settings.tune:
         pairs = list(zip(read_questions(files[chosen.file]), read_gold(files[chosen.file]), strict=True))
         tune[chosen.name] = pairs[: chosen.limit]
+        for query, gold in tune[chosen.name]:
+            if not gold.passage_ids or gold.passage_ids[0] not in passages:
+                raise DataError(
+                    f"{files[chosen.file]}: the gold passage of question {query.id!r} is not known. Give positive_ids, "
+                    "and name the file that holds these passages under passages."
+                )
     method = create_method(settings.method.kind, backbone, **settings.method.model_dump(mode="json", exclude={"kind"}))
-    model = span.SpanModel(backbone, method, SpanHead(backbone.width), settings.longest)
+    head = SpanHead(backbone.width)
+    if settings.start is not None:
+        load_tensors(method, load_file(start / TENSORS), str(start))
+        load_tensors(head, load_file(start / span.HEAD), str(start))
+    model = span.SpanModel(backbone, method, head, settings.longest)
     autocast = has_fast_bf16() or not on_cpu if settings.autocast is None else settings.autocast
-    with building(
-        folder, span.KIND, recipe=recipe.resolved, inputs=inputs, scratch=(training.CHECKPOINT,)
-    ) as draft:
+    with building(folder, span.KIND, recipe=recipe.resolved, inputs=inputs, scratch=(training.CHECKPOINT,)) as draft:
         training.train_span_reader(
             model,
             list(training.read_examples(files[settings.train], passages)),

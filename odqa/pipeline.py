@@ -29,6 +29,8 @@ class Pipeline:
 
     def answer(self, queries: Sequence[Query]) -> list[Trace]:
         """One trace a query, in order. All queries go through each stage together; see `batches` for long lists."""
+        if not queries:
+            return []
         records = [_Record(query) for query in queries]
         self._retrieve_and_read(records, list(queries), 1)
         running = records

@@ -32,7 +32,7 @@ FOLDERS = ("indexes", "pipelines", "eval")
 _SHIPPED = "recipes_shipped"  # where the wheel keeps the three folders
 
 
-# --- reading and checking -----------------------------------------------------------------------------------------------
+# --- reading and checking ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +66,22 @@ def load_recipe(path: str | Path, kind: str | None = None, *, changes: Sequence[
     for change in changes:
         _apply(values, change)
     found = values.get("kind")
-    if found not in config.RECIPES:
+    if not isinstance(found, str) or found not in config.RECIPES:
         raise RecipeError(f"{file}: kind is {found!r}; expected one of {', '.join(config.RECIPES)}.")
-    if kind is not None and not str(found).startswith(kind):
+    if kind is not None and not found.startswith(kind):
         raise RecipeError(f"{file}: this is a recipe of kind {found!r}; a recipe of kind {kind!r} is needed here.")
     try:
         return Recipe(file, config.RECIPES[found].model_validate(values))
     except ValidationError as error:
-        mistakes = [_explain(detail, config.RECIPES[found]) for detail in error.errors()]
+        details = error.errors()
+        wrong = [detail["loc"] for detail in details]
+        mistakes = [
+            _explain(detail, config.RECIPES[found])
+            for detail in details
+            # A list whose items are wrong also counts as too short.
+            if detail["type"] != "too_short"
+            or not any(loc[: len(detail["loc"])] == detail["loc"] != loc for loc in wrong)
+        ]
         raise RecipeError("\n".join(f"{file}: {mistake}" for mistake in mistakes)) from None
 
 
@@ -112,9 +120,11 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
+        where = f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}"
+        if not isinstance(key, str):
+            raise RecipeError(f"{where}: key {key!r} is not a name. Put it into quotes if it is meant as one.")
         if key in seen:
-            line = key_node.start_mark.line + 1
-            raise RecipeError(f"{key_node.start_mark.name}, line {line}: key {key!r} is given twice. Remove one.")
+            raise RecipeError(f"{where}: key {key!r} is given twice. Remove one.")
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
@@ -134,69 +144,86 @@ def _load_yaml(path: Path) -> dict[str, Any]:
 
 
 def _apply(values: dict[str, Any], change: str) -> None:
+    """Put the value of "a.b=value" in its place; items of a list go by their number from 0."""
     path, equals, value = change.partition("=")
-    if not equals or not path:
-        raise RecipeError(f"--set {change}: expected key.key=value.")
     *parents, last = path.split(".")
-    place: Any = values
-    for key in parents:
-        place = place[int(key)] if isinstance(place, list) and key.isdigit() and int(key) < len(place) else (
-            place.setdefault(key, {}) if isinstance(place, dict) else None
-        )
-        if not isinstance(place, dict | list):
-            raise RecipeError(f"--set {change}: {key!r} holds a value, not settings.")
-    if not isinstance(place, dict):
-        raise RecipeError(f"--set {change}: {last!r} is not a key of a mapping.")
+    if not equals or not all((*parents, last)):
+        raise RecipeError(f"--set {change}: expected KEY=VALUE or KEY.KEY=VALUE.")
     try:
-        place[last] = yaml.safe_load(value)
+        parsed = yaml.load(value, _UniqueKeys)
+    except RecipeError as error:
+        raise RecipeError(f"--set {change}: {str(error).split(': ', 1)[1]}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {change}: {value!r} is not a YAML value.") from error
+    place: Any = values
+    for key in parents:
+        if isinstance(place, dict) and place.get(key) is None:
+            place[key] = {}
+        place = place[_key(place, key, change)]
+    place[_key(place, last, change)] = parsed
+
+
+def _key(place: Any, key: str, change: str) -> str | int:
+    """What `key` means in a mapping or a list. Raises RecipeError in a value, or for an item that a list lacks."""
+    if isinstance(place, dict):
+        return key
+    if not isinstance(place, list):
+        raise RecipeError(f"--set {change}: {key!r} is to be set in {place!r}, which is a value, not settings.")
+    if not (key.isascii() and key.isdecimal() and int(key) < len(place)):
+        raise RecipeError(f"--set {change}: {key!r} is not an item of the list; items are 0 to {len(place) - 1}.")
+    return int(key)
 
 
 def _explain(detail: ErrorDetails, model: type[config.Settings]) -> str:
     """One mistake in a line: where, what was found, what is expected, the nearest valid name."""
-    where = [part for part in detail["loc"]]
-    owner = _model_at(model, where[:-1] if detail["type"] in ("extra_forbidden", "missing") else where)
-    # pydantic puts the tag of a union into the path; a reader of the recipe does not see it there.
-    path = ".".join(str(part) for part in _without_tags(model, where))
-    if detail["type"] == "extra_forbidden" and owner is not None:
+    where, kind, context = detail["loc"], detail["type"], detail.get("ctx", {})
+    members, parts = _follow(model, where)
+    path = ".".join(parts)
+    if kind == "extra_forbidden":
+        owner = _follow(model, where[:-1])[0][0]
         names = list(owner.model_fields)
-        near = difflib.get_close_matches(str(where[-1]), names, n=1)
-        kind = owner.model_fields["kind"].default if "kind" in owner.model_fields else None
-        owner_name = kind if isinstance(kind, str) else owner.__name__
-        return f"{path} is not a setting of {owner_name} ({', '.join(names)})." + (f" Did you mean {near[0]}?" if near else "")
-    if detail["type"] == "missing":
+        # A component is called by its kind, settings without one by the key they stand under.
+        name = _tag(owner) or next((part for part in reversed(parts[:-1]) if not part.isdecimal()), owner.__name__)
+        return f"{path} is not a setting of {name} ({', '.join(names)}).{_did_you_mean(parts[-1], names)}"
+    if kind == "missing":
         return f"{path} is missing."
-    return f"{path} is {detail['input']!r}: {detail['msg']}."
+    tags = [tag for member in members if (tag := _tag(member))]
+    if kind == "union_tag_not_found":
+        return f"{path}.kind is missing ({', '.join(tags)})."
+    if kind == "union_tag_invalid":
+        found, hint = context["tag"], _did_you_mean(context["tag"], tags)
+        return f"{path}.kind is {found!r}; expected one of {', '.join(tags)}.{hint}"
+    if kind == "value_error":  # of a validator in odqa.config, which says all there is to say
+        return f"{path}: {context['error']}" if path else str(context["error"])
+    return f"{path} is {_shortened(detail['input'])}: {detail['msg']}."
 
 
-def _model_at(model: type[config.Settings], where: Sequence[int | str]) -> type[config.Settings] | None:
-    """The settings class that the path leads to; None where it leads to a plain value."""
-    current: Any = model
+def _did_you_mean(name: str, valid: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, valid, n=1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _follow(model: type[config.Settings], where: Sequence[int | str]) -> tuple[list[type[config.Settings]], list[str]]:
+    """The settings classes that may stand where the path leads to, and the path as the recipe has it.
+
+    pydantic puts the tag of a union into the path; a reader of the recipe does not see it there.
+    """
+    members: list[type[config.Settings]] = [model]
+    path = []
     for part in where:
-        members = _classes(current)
-        tagged = [m for m in members if _tag(m) == part]
+        tagged = [member for member in members if len(members) > 1 and _tag(member) == part]
         if tagged:
-            current = tagged[0]
-        elif len(members) == 1 and isinstance(part, str) and part in members[0].model_fields:
-            current = members[0].model_fields[part].annotation
-    members = _classes(current)
-    return members[0] if len(members) == 1 else None
-
-
-def _without_tags(model: type[config.Settings], where: Sequence[int | str]) -> list[int | str]:
-    kept: list[int | str] = []
-    current: Any = model
-    for part in where:
-        members = _classes(current)
-        tagged = [m for m in members if len(members) > 1 and _tag(m) == part]
-        if tagged:
-            current = tagged[0]
+            members = tagged
             continue
-        kept.append(part)
+        path.append(str(part))
         if len(members) == 1 and isinstance(part, str) and part in members[0].model_fields:
-            current = members[0].model_fields[part].annotation
-    return kept
+            members = _classes(members[0].model_fields[part].annotation)
+    return members, path
 
 
 def _classes(annotation: Any) -> list[type[config.Settings]]:
@@ -212,7 +239,7 @@ def _tag(model: type[config.Settings]) -> str | None:
     return values[0]
 
 
-# --- places ---------------------------------------------------------------------------------------------------------------
+# --- places -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,27 +259,33 @@ class Places:
         )
 
     def file(self, name: str) -> Path:
-        """The path that a recipe's `embedded:NAME`, `data:NAME` or plain path means. Raises DataError if it is not there."""
+        """The path that a recipe's `embedded:NAME`, `data:NAME` or plain path means. Raises DataError for none."""
         scheme, colon, rest = name.partition(":")
         if colon and scheme == "embedded":
             path = Path(str(resources.files("odqa"))) / "assets" / rest
         elif colon and scheme == "data":
             if self.data is None:
-                raise DataError(f"{name} lies in the data folder, which is not known. Give --data DIR or set ODQA_DATA.")
+                raise DataError(
+                    f"{name} lies in the data folder, which is not known. Give --data DIR or set ODQA_DATA."
+                )
             path = self.data / rest
         else:
             path = Path(name)
         if not path.exists():
-            raise DataError(f"{name}: no such file ({path}).")
+            is_lost = scheme == "data" and self.data is not None and not self.data.is_dir()
+            hint = " The data folder itself is not there: check --data and ODQA_DATA." if is_lost else ""
+            raise DataError(f"{name}: no such file ({path.absolute()}).{hint}")
         return path
 
 
 def describe_file(name: str, path: Path) -> dict[str, str]:
-    """How a manifest names an input file: as the recipe does, and by content."""
+    """How a manifest names an input file: as the recipe does, and by content. Raises DataError for a folder."""
+    if path.is_dir():
+        raise DataError(f"{name}: a folder; a file is needed here.")
     return {"name": name, "sha256": sha256_file(path)}
 
 
-# --- building ---------------------------------------------------------------------------------------------------------------
+# --- building ---------------------------------------------------------------------------------------------------------
 
 
 def build_pipeline(recipe: Recipe, index: "Index | None") -> "Pipeline":
@@ -306,6 +339,7 @@ def build_reader(settings: config.SpanReaderSettings | config.LmReaderSettings) 
         return SpanReader(
             model, candidates=settings.candidates, combine=settings.combine, abstain_above=settings.abstain_above
         )
+    from odqa.frozen.backbone import load_backbone
     from odqa.read.lm import LmReader, load_lm
     from odqa.read.prompts import Demonstration, find_template
     from odqa.types import Passage
@@ -315,13 +349,16 @@ def build_reader(settings: config.SpanReaderSettings | config.LmReaderSettings) 
         for i, d in enumerate(settings.demonstrations)
     ]
     load = {"device": settings.device, "dtype": settings.dtype, **settings.load_options}
-    backbone = load_lm(settings.model, architecture=settings.architecture, **load)
+    named = settings.architecture
+    backbone = load_backbone(settings.model, named, **load) if named else load_lm(settings.model, **load)
     own = {"kind", "model", "architecture", "prompt", "template", "demonstrations", "device", "dtype", "load_options"}
     template = find_template(settings.prompt, settings.template)
     return LmReader(backbone, template, demonstrations=shown, **settings.model_dump(exclude=own))
 
 
-def read_source(settings: config.DumpPassages | config.FilePassages, path: Path, report: Any = None) -> "Iterator[Passage]":
+def read_source(
+    settings: config.DumpPassages | config.FilePassages, path: Path, report: Any = None
+) -> "Iterator[Passage]":
     """The passages of a source in order; of a dump, article by article, with ids counted from 1."""
     if isinstance(settings, config.FilePassages):
         from odqa.corpus.io import read_passages

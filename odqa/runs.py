@@ -154,15 +154,13 @@ def recording(
     path = Path(path)
     if find_run(path, recipe=recipe, inputs=inputs) is not None:
         raise ArtifactError(f"{path}: this run is finished. Read it, or choose another --out.")
-    with building(path, KIND, recipe=recipe, inputs=inputs, scratch=(_IDENTITY, TIMINGS)) as draft:
+    # Two equal runs have different seconds, so the manifest's hashes must not cover them.
+    with building(path, KIND, recipe=recipe, inputs=inputs, scratch=(_IDENTITY,), unlisted=(TIMINGS,)) as draft:
         draft.write_json(_IDENTITY, _identity(recipe, inputs))
         with contextlib.closing(RunWriter(draft.path, questions)) as writer:
             yield writer
             writer.finish()
-            timings = (draft.path / TIMINGS).read_bytes()
             _fill_manifest(draft, writer)
-    # Only now: two equal runs have different seconds, so the manifest's hashes must not cover them.
-    _replace_file(path / TIMINGS, timings)
 
 
 @dataclass(slots=True)

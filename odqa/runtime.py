@@ -33,7 +33,7 @@ def has_fast_bf16() -> bool:
 
 
 def choose_device(name: str = "auto") -> "torch.device":
-    """`auto` takes a CUDA device where torch sees one, else the processor. Raises DataError for one that is not there."""
+    """`auto` takes a CUDA device where torch sees one, else the processor. Raises DataError for a missing one."""
     import torch
 
     if name == "auto":
@@ -43,12 +43,14 @@ def choose_device(name: str = "auto") -> "torch.device":
     except RuntimeError as error:
         raise DataError(f"device {name!r} is not a device that torch knows (auto, cpu, cuda, cuda:N).") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DataError(f"device {name!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices. Use device: cpu.")
+        raise DataError(
+            f"device {name!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices. Use device: cpu."
+        )
     return device
 
 
 def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":
-    """`auto` is bfloat16 where it is fast (CUDA, AVX512-BF16, AMX), else float32. Raises DataError for an unknown name."""
+    """`auto` is bfloat16 where it is fast (CUDA, AVX512-BF16, AMX), else float32. Raises DataError for another name."""
     import torch
 
     if name == "auto":
@@ -85,7 +87,9 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=label, unit=f" {unit}" if unit else "", delay=2, file=sys.stderr, leave=False)
+            self._bar = tqdm(
+                total=total, desc=label, unit=f" {unit}" if unit else "", delay=2, file=sys.stderr, leave=False
+            )
 
     def advance(self, count: int = 1) -> None:
         if self._bar is not None:

@@ -73,14 +73,17 @@ def fit(
     """
     trained = {f"{group}.{name}": p for group, module in modules.items() for name, p in module.named_parameters()}
     optimizer = torch.optim.AdamW(
-        [{"params": list(module.parameters()), "lr": settings.learning_rates[g], "name": g} for g, module in modules.items()],
+        [
+            {"params": list(module.parameters()), "lr": settings.learning_rates[g], "name": g}
+            for g, module in modules.items()
+        ],
         weight_decay=settings.weight_decay,
     )
     device = next(iter(trained.values())).device
-    step, spent, curve = _load_checkpoint(checkpoint, trained, optimizer)
+    step, spent, curve, losses = _load_checkpoint(checkpoint, trained, optimizer)
     if step:
         log(f"resumed at step {step} of {settings.steps}")
-    started, saved_at, losses = time.monotonic(), time.monotonic(), []
+    started = saved_at = time.monotonic()
     bar = Progress("train", settings.steps, "steps")
     bar.advance(step)
     while step < settings.steps:
@@ -93,12 +96,12 @@ def fit(
             batch = batch_at(step * settings.accumulate + micro)
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
                 value = loss_of(batch) / settings.accumulate
-            value.backward()
+            value.backward()  # type: ignore[no-untyped-call]
             loss += value.item()
         if not math.isfinite(loss):
             raise DataError(
-                f"training: the loss is {loss} at step {step}. Lower the learning rates (now {dict(settings.learning_rates)})"
-                f" and start again; the last checkpoint, {checkpoint}, is from before."
+                f"training: the loss is {loss} at step {step}. Lower the learning rates (now "
+                f"{dict(settings.learning_rates)}) and start again; the last checkpoint, {checkpoint}, is from before."
             )
         nn.utils.clip_grad_norm_(list(trained.values()), settings.clip)
         optimizer.step()
@@ -109,14 +112,19 @@ def fit(
         seconds = spent + time.monotonic() - started
         due = evaluate is not None and settings.evaluate_every > 0 and step % settings.evaluate_every == 0
         if step % settings.log_every == 0 or step == settings.steps or due:
-            entry = {"step": step, "loss": round(sum(losses) / len(losses), 4), "rate": factor, "seconds": round(seconds, 1)}
+            entry = {
+                "step": step,
+                "loss": round(sum(losses) / len(losses), 4),
+                "rate": factor,
+                "seconds": round(seconds, 1),
+            }
             if evaluate is not None and (due or step == settings.steps):
                 entry |= evaluate()
             curve.append(entry)
             log(" ".join(f"{key} {value:.4g}" for key, value in entry.items()))
             losses = []
         if time.monotonic() - saved_at > settings.checkpoint_seconds or step == settings.steps:
-            _save_checkpoint(checkpoint, trained, optimizer, step, spent + time.monotonic() - started, curve)
+            _save_checkpoint(checkpoint, trained, optimizer, step, spent + time.monotonic() - started, curve, losses)
             saved_at = time.monotonic()
     bar.close()
     return FitResult(curve, spent + time.monotonic() - started)
@@ -138,14 +146,18 @@ def _save_checkpoint(
     step: int,
     seconds: float,
     curve: list[dict[str, Any]],
+    losses: list[float],
 ) -> None:
-    """One safetensors file: values and both AdamW moments of every parameter; step and curve in its metadata."""
+    """One safetensors file: values and both AdamW moments of every parameter; step, curve, losses in its metadata.
+
+    `losses` are those since the last entry of the curve.
+    """
     tensors = {}
     for name, parameter in trained.items():
         tensors[f"value.{name}"] = parameter.detach().cpu().contiguous()
         for moment in ("exp_avg", "exp_avg_sq"):
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
-    state = {"step": step, "seconds": seconds, "curve": curve}
+    state = {"step": step, "seconds": seconds, "curve": curve, "losses": losses}
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(tensors, temporary, metadata={"state": json.dumps(state)})
     temporary.replace(path)
@@ -153,10 +165,10 @@ def _save_checkpoint(
 
 def _load_checkpoint(
     path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> tuple[int, float, list[dict[str, Any]]]:
-    """Step, seconds and curve of the checkpoint, whose tensors are put in place; zeros if there is none."""
+) -> tuple[int, float, list[dict[str, Any]], list[float]]:
+    """Step, seconds, curve and losses of the checkpoint, whose tensors are put in place; zeros if there is none."""
     if not path.exists():
-        return 0, 0.0, []
+        return 0, 0.0, [], []
     with safe_open(path, framework="pt") as file:
         state = json.loads(file.metadata()["state"])
         with torch.no_grad():
@@ -167,4 +179,4 @@ def _load_checkpoint(
                     "exp_avg": file.get_tensor(f"exp_avg.{name}").to(parameter.device),
                     "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{name}").to(parameter.device),
                 }
-    return state["step"], state["seconds"], state["curve"]
+    return state["step"], state["seconds"], state["curve"], state.get("losses", [])

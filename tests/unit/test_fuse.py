@@ -1,0 +1,113 @@
+"""Fusion; every expected score is worked out in a comment."""
+
+import numpy as np
+import pytest
+
+from odqa.retrieve.fuse import reciprocal_rank_fusion, weighted_fusion
+from odqa.retrieve.rankings import Rankings, rank_entries
+
+
+def run(rows: list[list[int]], scores: list[list[float]], source: str = "a") -> Rankings:
+    return Rankings(np.array(rows, np.int64), np.array(scores, np.float32), source)
+
+
+EMPTY = -np.inf
+A = run([[3, 1, 2]], [[9.0, 5.0, 1.0]])
+B = run([[2, 7, -1]], [[0.8, 0.4, EMPTY]], "b")
+
+
+def test_reciprocal_rank_fusion_adds_one_over_c_plus_rank() -> None:
+    fused = reciprocal_rank_fusion([A, B], 10, c=60)
+    # 2: 1/63 + 1/61 = 0.032266; 3: 1/61 = 0.016393; 1 and 7: 1/62 = 0.016129 each, so the lower row first
+    assert fused.rows[0].tolist() == [2, 3, 1, 7, *[-1] * 6]
+    assert fused.scores[0, :4] == pytest.approx([0.032266, 0.016393, 0.016129, 0.016129], abs=1e-6)
+    assert fused.source == "a+b"
+
+
+def test_a_small_c_trusts_the_first_ranks() -> None:
+    # c = 0: 2: 1/3 + 1/1 = 4/3; 3: 1; 1 and 7: 1/2
+    assert reciprocal_rank_fusion([A, B], 4, c=0).scores[0] == pytest.approx([4 / 3, 1, 0.5, 0.5])
+
+
+def test_weighted_fusion_gives_a_missing_passage_the_minimum_of_the_list() -> None:
+    fused = weighted_fusion([A, B], [0.1, 1.0], 10, normalise="none")
+    # minima: a 1.0, b 0.4
+    # 3: 0.1 * 9 + 0.4 = 1.3; 2: 0.1 * 1 + 0.8 = 0.9; 1: 0.1 * 5 + 0.4 = 0.9; 7: 0.1 * 1 + 0.4 = 0.5
+    assert fused.scores[0, :4] == pytest.approx([1.3, 0.9, 0.9, 0.5])
+    assert [fused.rows[0, 0], {*fused.rows[0, 1:3].tolist()}, fused.rows[0, 3]] == [3, {1, 2}, 7]
+
+
+def test_min_max_maps_each_list_to_zero_to_one() -> None:
+    fused = weighted_fusion([A, B], [0.5, 0.5], 10, normalise="min-max")
+    # a: 3 -> 1, 1 -> 0.5, 2 -> 0; b: 2 -> 1, 7 -> 0; missing -> 0
+    # 3: 0.5; 2: 0.5; 1: 0.25; 7: 0
+    assert fused.rows[0, :4].tolist() == [2, 3, 1, 7]
+    assert fused.scores[0, :4] == pytest.approx([0.5, 0.5, 0.25, 0.0])
+
+
+def test_z_score_maps_each_list_to_mean_0_and_deviation_1() -> None:
+    fused = weighted_fusion([A, B], [1.0, 1.0], 10, normalise="z-score")
+    # a: mean 5, deviation sqrt(32 / 3) = 3.265986 -> 3: 1.224745, 1: 0, 2: -1.224745; b: mean 0.6, deviation 0.2 -> +-1
+    # 3: 1.224745 - 1 = 0.224745; 2: -1.224745 + 1 = -0.224745; 1: 0 - 1 = -1; 7: -1.224745 - 1 = -2.224745
+    assert fused.rows[0, :4].tolist() == [3, 2, 1, 7]
+    assert fused.scores[0, :4] == pytest.approx([0.224745, -0.224745, -1.0, -2.224745], abs=1e-5)
+
+
+@pytest.mark.parametrize("normalise", ["min-max", "z-score"])
+def test_a_list_of_equal_scores_says_nothing(normalise: str) -> None:
+    equal = run([[5, 1]], [[0.3, 0.3]], "b")
+    fused = weighted_fusion([A, equal], [1.0, 1.0], 4, normalise=normalise)  # type: ignore[arg-type]
+    assert np.isfinite(fused.scores).all()
+    assert fused.rows[0].tolist() == [3, 1, 2, 5]  # 5 has the minimum of A, as 2 has, and a higher row
+
+
+@pytest.mark.parametrize("normalise", ["none", "min-max", "z-score"])
+def test_a_list_without_hits_leaves_the_other_as_it_is(normalise: str) -> None:
+    nothing = run([[-1, -1]], [[EMPTY, EMPTY]], "b")
+    fused = weighted_fusion([A, nothing], [1.0, 1.0], 4, normalise=normalise)  # type: ignore[arg-type]
+    assert fused.rows[0].tolist() == [3, 1, 2, -1]
+    assert reciprocal_rank_fusion([A, nothing], 4).rows[0].tolist() == [3, 1, 2, -1]
+    assert reciprocal_rank_fusion([nothing, nothing], 4).rows[0].tolist() == [-1] * 4
+
+
+def test_queries_do_not_mix() -> None:
+    rng = np.random.default_rng(0)
+    runs = []
+    for _ in range(3):
+        rows = np.stack([rng.permutation(30)[:8] for _ in range(5)])
+        runs.append(Rankings(rows, -np.sort(-rng.random((5, 8)).astype(np.float32), axis=1), "x"))
+    for fuse in (
+        lambda runs: reciprocal_rank_fusion(runs, 6),
+        lambda runs: weighted_fusion(runs, [0.2, 0.3, 0.5], 6, normalise="z-score"),
+    ):
+        together = fuse(runs)
+        for query in range(5):
+            alone = fuse([Rankings(r.rows[query : query + 1], r.scores[query : query + 1], "x") for r in runs])
+            assert (together.rows[query] == alone.rows[0]).all()
+            assert (together.scores[query] == alone.scores[0]).all()
+
+
+def test_wrong_arguments_are_value_errors() -> None:
+    with pytest.raises(ValueError, match="same queries"):
+        reciprocal_rank_fusion([], 5)
+    with pytest.raises(ValueError, match="same queries"):
+        reciprocal_rank_fusion([A, run([[1], [2]], [[1.0], [1.0]])], 5)
+    with pytest.raises(ValueError, match="1 weights for 2 runs"):
+        weighted_fusion([A, B], [1.0], 5)
+    with pytest.raises(ValueError, match="at least one place"):
+        reciprocal_rank_fusion([A, B], 0)
+
+
+def test_rank_entries_orders_by_score_then_row_and_cuts() -> None:
+    ranked = rank_entries(
+        np.array([1, 0, 1, 1]), np.array([4, 9, 2, 8]), np.array([0.5, 1.0, 0.5, 0.7]), count=3, k=2, source="x"
+    )
+    assert ranked.rows.tolist() == [[9, -1], [8, 2], [-1, -1]]
+    assert ranked.scores.tolist() == [[1.0, EMPTY], [pytest.approx(0.7), 0.5], [EMPTY, EMPTY]]
+
+
+def test_rankings_refuse_arrays_of_other_shapes_and_types() -> None:
+    with pytest.raises(ValueError, match="one shape"):
+        Rankings(np.zeros((1, 2), np.int64), np.zeros((1, 3), np.float32), "x")
+    with pytest.raises(ValueError, match="int64"):
+        Rankings(np.zeros((1, 2), np.int32), np.zeros((1, 2), np.float32), "x")

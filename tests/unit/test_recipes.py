@@ -1,0 +1,416 @@
+"""Recipes: what is accepted, what every mistake is told as, and that defaults mean what the constructors mean."""
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from odqa import config
+from odqa.artifacts import MANIFEST
+from odqa.errors import ArtifactError, DataError, RecipeError
+from odqa.recipes import FOLDERS, Places, check_index_recipe, describe_file, find_recipe, index_folder, load_recipe
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.yaml"))
+PIPELINE = """
+kind: pipeline
+index: indexes/embedded.yaml
+retriever: {kind: hybrid}
+reader: {kind: span, model: some/reader}
+"""
+EVAL = """
+kind: eval
+pipelines: [pipelines/a.yaml, pipelines/b.yaml]
+questions:
+  - {name: one, file: one.jsonl, split: dev}
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], Path]:
+    def write(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+Write = Callable[[str], Path]
+
+
+def mistakes(path: Path, *changes: str) -> list[str]:
+    """The lines of the report, without the file's name."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, changes=changes)
+    return [line.removeprefix(f"{path}: ") for line in str(caught.value).splitlines()]
+
+
+# --- what is accepted -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_shipped_recipe_is_valid_and_fits_on_one_screen(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 40
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_resolved_recipe_is_the_same_recipe(path: Path, write: Write) -> None:
+    recipe = load_recipe(path)
+    again = load_recipe(write(yaml.safe_dump(recipe.resolved)))
+    assert again.resolved == recipe.resolved and again.hash == recipe.hash
+
+
+def test_every_pipeline_and_index_that_a_shipped_recipe_names_is_shipped() -> None:
+    for path in SHIPPED:
+        found = load_recipe(path).settings
+        if isinstance(found, config.PipelineRecipe) and found.index is not None:
+            assert load_recipe(ROOT / found.index, "index")
+        if isinstance(found, config.EvalRecipe):
+            assert all(load_recipe(ROOT / name, "pipeline") for name in found.pipelines)
+
+
+def test_the_hash_depends_on_settings_not_on_how_they_are_written(write: Write) -> None:
+    plain = load_recipe(write(PIPELINE)).hash
+    assert load_recipe(write("# words\nk: 100\n" + PIPELINE)).hash == plain  # 100 is the default
+    assert load_recipe(write(PIPELINE), changes=["k=99"]).hash != plain
+
+
+def test_a_shipped_recipe_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("pipelines/nq-mini.yaml").is_file()
+    with pytest.raises(RecipeError, match=r"pipelines/nq-mni\.yaml: no such recipe .* mean pipelines/nq-mini.yaml"):
+        find_recipe("pipelines/nq-mni.yaml")
+    with pytest.raises(RecipeError, match=r"no such recipe .* Shipped are eval/embedded.yaml"):
+        find_recipe("qqqqqq")
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def test_all_mistakes_of_a_file_are_told_at_once(write: Write) -> None:
+    text = """
+kind: pipeline
+index: i.yaml
+retriever: {kind: hybrid, dpth: 5, fusion: sum}
+packer: {budget: 0}
+reader: {kind: span}
+k: many
+"""
+    found = mistakes(write(text))
+    assert found[0].startswith("retriever.fusion is 'sum': Input should be 'weighted' or 'rrf'")
+    assert found[1] == (
+        "retriever.dpth is not a setting of hybrid (kind, depth, fusion, weights, normalise, c). Did you mean depth?"
+    )
+    assert [line.split(":")[0] for line in found[2:]] == [
+        "k is 'many'",
+        "packer.budget is 0",
+        "reader.model is missing.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("retriever.kind=bm52", "retriever.kind is 'bm52'; expected one of bm25, dense, hybrid. Did you mean bm25?"),
+        ("retriever={depth: 5}", "retriever.kind is missing (bm25, dense, hybrid)."),
+        ("retriver=null", "retriver is not a setting of pipeline"),
+        ("packer.bugdet=5", "packer.bugdet is not a setting of packer (budget, max_passages, order)."),
+        ("reader.kind=lm", None),  # a model is all that it needs
+        ("index=null", "a hybrid retriever needs an index. Name one under index."),
+        ("retriever.weights=[1]", "retriever.weights.1 is missing."),
+        ("reader.model=[1]", "reader.model is [1]: Input should be a valid string."),
+    ],
+)
+def test_a_mistake_in_a_pipeline_names_the_place_as_the_recipe_has_it(
+    write: Write, change: str, told: str | None
+) -> None:
+    path = write(PIPELINE)
+    if told is None:
+        assert load_recipe(path, changes=[change])
+    else:
+        (found,) = mistakes(path, change)
+        assert found.startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("questions.0.hub=nq_open", "questions.0: question set one needs either a file or a data set (hub)."),
+        ("questions.0.file=null", "questions.0: question set one needs either a file or a data set (hub)."),
+        ("questions.0.name=../up", "questions.0.name is '../up': String should match pattern"),
+        ("questions.0.expected={a: {recal@5: {value: 1}}}", "questions.0.expected: 'recal@5' is not a metric of odqa"),
+        ("questions.0.expected={c: {em: {value: 1}}}", "numbers are expected of c on one; pipelines are a, b."),
+        (
+            "questions.0.expected={a: {em: {valu: 1, value: 1}}}",
+            "questions.0.expected.a.em.valu is not a setting of em",
+        ),
+        ("pipelines=[x/a.yaml, y/a.yaml]", "pipelines need names of their own (found: a, a)."),
+        ("questions=[]", "questions is []: Tuple should have at least 1 item"),
+        ("recall_at=[0]", "recall_at.0 is 0: Input should be greater than or equal to 1."),
+    ],
+)
+def test_a_mistake_in_an_evaluation_is_told_before_anything_runs(write: Write, change: str, told: str) -> None:
+    (found,) = mistakes(write(EVAL), change)
+    assert found.startswith(told)
+
+
+def test_two_question_sets_of_one_name_are_refused(write: Write) -> None:
+    text = EVAL + "  - {name: one, file: two.jsonl, split: dev}\n"
+    assert mistakes(write(text)) == ["question sets need names of their own (found: one, one)."]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("k: 1\nkind: pipeline\nk: 2\n", "line 3: key 'k' is given twice. Remove one."),
+        ("kind: pipeline\nreader:\n  kind: span\n  kind: lm\n", "line 4: key 'kind' is given twice. Remove one."),
+        ("kind: pipeline\n1: 2\n", "line 2: key 1 is not a name. Put it into quotes if it is meant as one."),
+        ("? [a]\n: 2\n", "line 1: key ['a'] is not a name."),
+        ("kind: [unclosed", "not YAML: "),
+        ("- kind: pipeline\n", "a recipe is a mapping with a kind; found list."),
+        ("", "a recipe is a mapping with a kind; found NoneType."),
+        ("index: x\n", "kind is None; expected one of index, pipeline, eval, train-span-reader."),
+        ("kind: [pipeline]\n", "kind is ['pipeline']; expected one of index,"),
+        ("kind: !!python/object/apply:os.system [ls]\n", "not YAML: could not determine a constructor"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(write: Write, text: str, told: str) -> None:
+    path = write(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(str(path)) and told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_of_the_wrong_kind_is_refused(write: Write) -> None:
+    with pytest.raises(RecipeError, match="of kind 'pipeline'; a recipe of kind 'index' is needed here"):
+        load_recipe(write(PIPELINE), "index")
+    with pytest.raises(RecipeError, match="a recipe of kind 'train' is needed here"):
+        load_recipe(write(EVAL), "train")
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xff\xfe\x00kind")
+    with pytest.raises(RecipeError, match="not YAML"):
+        load_recipe(path)
+
+
+# --- changes from the command line ------------------------------------------------------------------------------------
+
+
+def test_a_change_reaches_nested_settings_and_items_of_lists(write: Write) -> None:
+    changes = ["packer.budget=77", "retriever.weights=[1, 0.5]", "retriever.weights.0=2", "reader={kind: lm, model: m}"]
+    found = load_recipe(write(PIPELINE), changes=changes).settings
+    assert isinstance(found, config.PipelineRecipe)
+    assert (found.packer.budget, found.retriever) == (77, config.HybridRetriever(kind="hybrid", weights=(2, 0.5)))
+    assert isinstance(found.reader, config.LmReaderSettings)
+
+
+def test_a_change_may_hold_an_equals_sign_and_a_colon(write: Write) -> None:
+    found = load_recipe(write(PIPELINE), changes=["reader.model=embedded:a=b"]).settings
+    assert isinstance(found, config.PipelineRecipe) and isinstance(found.reader, config.SpanReaderSettings)
+    assert found.reader.model == "embedded:a=b"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("k", "expected KEY=VALUE or KEY.KEY=VALUE."),
+        ("=5", "expected KEY=VALUE or KEY.KEY=VALUE."),
+        ("packer..budget=5", "expected KEY=VALUE or KEY.KEY=VALUE."),
+        ("k.depth=5", "'depth' is to be set in 100, which is a value, not settings."),
+        ("kind.x.y=5", "'x' is to be set in 'pipeline', which is a value, not settings."),
+        ("retriever.weights.2=5", "'2' is not an item of the list; items are 0 to 1."),
+        ("retriever.weights.²=5", "'²' is not an item of the list; items are 0 to 1."),
+        ("k=[1", "'[1' is not a YAML value."),
+        ("k={a: 1, a: 2}", "key 'a' is given twice. Remove one."),
+    ],
+)
+def test_a_change_that_means_nothing_is_refused(write: Write, change: str, told: str) -> None:
+    path = write(PIPELINE + "k: 100\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, changes=["retriever.weights=[1, 1]", change])
+    assert told in str(caught.value) and str(caught.value).startswith(f"--set {change}: ")
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 300) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["kind", "model", "k", "x"]), inner),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    base=st.sampled_from([PIPELINE, EVAL, "kind: index\npassages: {kind: dump, file: d}\n"]),
+    changed=st.dictionaries(
+        st.sampled_from(
+            ["kind", "index", "retriever", "reader", "packer", "k", "questions", "passages", "bm25", "dense"]
+        ),
+        _VALUES,
+        max_size=4,
+    ),
+)
+def test_whatever_a_recipe_says_it_is_accepted_or_refused_as_a_recipe(
+    write: Write, base: str, changed: dict[str, Any]
+) -> None:
+    path = write(yaml.safe_dump(yaml.safe_load(base) | changed))
+    try:
+        recipe = load_recipe(path)
+    except RecipeError as error:
+        assert str(path) in str(error)
+    else:
+        assert recipe.hash
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(change=st.text(alphabet="k.=[]{}:,'\"!&*0 \n²é", max_size=12))
+def test_whatever_set_says_it_is_accepted_or_refused_as_a_recipe(write: Write, change: str) -> None:
+    path = write(PIPELINE)
+    try:
+        load_recipe(path, changes=[change])
+    except RecipeError:
+        return
+
+
+# --- defaults ---------------------------------------------------------------------------------------------------------
+
+
+def _keywords(constructor: Any) -> dict[str, Any]:
+    """Keyword and default of every parameter that has one."""
+    parameters = inspect.signature(constructor).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def _pairs() -> dict[str, tuple[type[config.Settings], Any, set[str]]]:
+    """Settings, what they are given to, and the settings that the builder uses up or turns into something else."""
+    from odqa.frozen.fit import FitSettings
+    from odqa.pack import GreedyPacker
+    from odqa.read.lm import LmReader
+    from odqa.read.span import SpanReader
+    from odqa.read.train import GroupSettings
+    from odqa.rerank.cross import CrossEncoderReranker
+    from odqa.retrieve.bm25 import Analyzer, Bm25Settings
+    from odqa.retrieve.dense import EncoderSettings
+    from odqa.retrieve.index import HybridRetriever
+    from odqa.retrieve.vectors import VectorSettings
+
+    backbone = {"model", "device", "dtype"}
+    return {
+        "hybrid": (config.HybridRetriever, HybridRetriever, set()),
+        "bm25": (config.Bm25, Bm25Settings, {"analyzer"}),
+        "analyzer": (config.AnalyzerSettings, Analyzer, {"stop_words"}),
+        "dense": (config.Dense, EncoderSettings, {"vectors", "question_model"}),
+        "vectors": (config.Vectors, VectorSettings, {"search"}),
+        "cross-encoder": (config.CrossEncoder, CrossEncoderReranker, {"model"}),
+        "packer": (config.PackerSettings, GreedyPacker, {"budget"}),
+        "span": (config.SpanReaderSettings, SpanReader, backbone | {"backbone"}),
+        "lm": (
+            config.LmReaderSettings,
+            LmReader,
+            backbone | {"architecture", "template", "load_options", "chat_options"},
+        ),
+        "fit": (config.FitRecipe, FitSettings, {"steps", "learning_rates"}),
+        "groups": (config.GroupRecipe, GroupSettings, {"source_weights"}),
+    }
+
+
+@pytest.mark.parametrize("name", _pairs())
+def test_a_setting_that_is_left_out_means_what_the_constructor_means(name: str) -> None:
+    """Python and recipes give the same stage; a setting that the constructor lacks would fail when it is built."""
+    chosen, constructor, special = _pairs()[name]
+    keywords = _keywords(constructor)
+    for key, field in chosen.model_fields.items():
+        if key == "kind" or key in special:
+            continue
+        assert key in keywords, f"{name}.{key} is not a keyword of {constructor.__name__}"
+        assert field.get_default(call_default_factory=True) == keywords[key], key
+
+
+@pytest.mark.parametrize("cls", [config.Dense, config.PackerSettings, config.LmReaderSettings])
+def test_settings_do_not_change(cls: type[config.Settings]) -> None:
+    made = cls.model_construct()
+    with pytest.raises(ValueError, match="frozen"):
+        made.dtype = "x"  # type: ignore[attr-defined]
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+
+
+def test_places_take_arguments_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ODQA_DATA", "env-data")
+    monkeypatch.setenv("ODQA_ARTIFACTS", "env-artifacts")
+    assert Places.from_environment() == Places(Path("env-data"), Path("env-artifacts"))
+    assert Places.from_environment(Path("d"), Path("a")) == Places(Path("d"), Path("a"))
+    monkeypatch.delenv("ODQA_ARTIFACTS")
+    monkeypatch.setenv("ODQA_DATA", "")
+    assert Places.from_environment() == Places(None, Path("artifacts"))
+
+
+def test_a_file_is_embedded_or_in_the_data_folder_or_where_it_says(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text("x")
+    assert Places(tmp_path).file("data:x.tsv") == tmp_path / "x.tsv"
+    assert Places().file(str(tmp_path / "x.tsv")) == tmp_path / "x.tsv"
+    assert Places().file("embedded:questions.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("places", "name", "told"),
+    [
+        (Places(), "data:x", "data:x lies in the data folder, which is not known. Give --data DIR or set ODQA_DATA."),
+        (Places(Path("nowhere")), "data:x", "The data folder itself is not there: check --data and ODQA_DATA."),
+        (Places(Path()), "data:x", "data:x: no such file"),
+        (Places(), "embedded:x", "embedded:x: no such file"),
+        (Places(), "nowhere/x", "nowhere/x: no such file"),
+    ],
+)
+def test_a_file_that_is_not_there_is_told_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, places: Places, name: str, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        places.file(name)
+    assert told in str(caught.value)
+
+
+def test_an_input_file_is_described_by_its_content_and_a_folder_is_none(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    assert describe_file("data:x", tmp_path / "x") == {"name": "data:x", "sha256": expected}
+    with pytest.raises(DataError, match="a folder; a file is needed"):
+        describe_file("data:", tmp_path)
+
+
+def test_an_index_is_named_by_its_folder_or_by_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    folder, recipe = index_folder("indexes/embedded.yaml", Places(artifacts=tmp_path))
+    assert folder == tmp_path / "embedded" and recipe is not None
+    folder.mkdir()
+    with pytest.raises(ArtifactError, match="neither an index folder nor an index recipe"):
+        index_folder(os.fspath(folder), Places())
+    (folder / MANIFEST).write_text("{}")
+    assert index_folder(os.fspath(folder), Places()) == (folder, None)
+
+
+def test_an_index_of_other_settings_is_refused_and_one_of_another_dump_is_not() -> None:
+    recipe = load_recipe(ROOT / "indexes/embedded.yaml")
+    built = recipe.resolved | {"passages": {"kind": "dump", "file": "my-wiki.xml"}}
+    check_index_recipe(built, recipe, Path("folder"))
+    with pytest.raises(ArtifactError, match=r"folder: built with other settings of bm25, dense than .* odqa index"):
+        check_index_recipe(built | {"bm25": None, "dense": None}, recipe, Path("folder"))
+
+
+def test_recipes_as_values_compare_by_their_settings() -> None:
+    first, second = load_recipe(ROOT / "indexes/embedded.yaml"), load_recipe(ROOT / "indexes/embedded.yaml")
+    assert first == second and dataclasses.replace(first, path=Path("x")).hash == second.hash
