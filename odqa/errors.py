@@ -28,5 +28,7 @@ class ArtifactMismatch(ArtifactError):
 class MissingExtra(OdqaError):
     """An optional dependency that is not installed; names the extra that brings it."""
 
-    def __init__(self, what: str, package: str, extra: str) -> None:
-        super().__init__(f"{what} needs {package}, which is not installed. Install it with: pip install 'odqa[{extra}]'")
+    def __init__(self, what: str, package: str, extra: str | None) -> None:
+        """`extra` is the extra of odqa that brings the package; None: the package belongs to the core."""
+        install = f"'odqa[{extra}]'" if extra else package
+        super().__init__(f"{what} needs {package}, which is not installed. Install it with: pip install {install}")

@@ -94,9 +94,10 @@ class LatentContext:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A possible answer: `logprob` in nats, the passage it was found in (None for a generated one), its characters there.
+    """A possible answer: `logprob` in nats, the passage it was found in (None for a generated one), its place there.
 
-    An empty `text` stands for "no answer"; a reader that can abstain lists it with its probability.
+    `start` and `end` are characters of the passage's text. An empty `text` stands for "no answer"; a reader that can
+    abstain lists it with its probability.
     """
 
     text: str

@@ -2,9 +2,9 @@
 
     python scripts/score_readers.py --data DIR --out eval/results/readers-gold-passage NAME=FOLDER ...
 
-Each reader sees the best gold passage of each question and nothing else (greedy, it may not abstain); EM and F1 with 95%
-bootstrap intervals on nq_dev and squad_dev, and the paired difference of every reader to the first one. Writes OUT.json
-and OUT.md.
+Each reader sees the best gold passage of each question and nothing else (greedy, it may not abstain); EM and F1 with
+95% bootstrap intervals on nq_dev and squad_dev, and the paired difference of every reader to the first one. Writes
+OUT.json and OUT.md.
 """
 
 import argparse
@@ -57,7 +57,9 @@ def main() -> None:
             }
         records.append(record)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.with_name(arguments.out.name + ".json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    arguments.out.with_name(arguments.out.name + ".json").write_text(
+        json.dumps(records, indent=1) + "\n", encoding="utf-8"
+    )
     arguments.out.with_name(arguments.out.name + ".md").write_text(table(records), encoding="utf-8")
     print(table(records))
 
@@ -75,7 +77,8 @@ def described(folder: Path) -> dict[str, Any]:
         "seed": manifest["recipe"]["fit"]["seed"],
         "trainable": manifest["counts"]["trainable"],
         "questions_seen": manifest["counts"]["questions_seen"],
-        "stored_bytes": manifest["files"]["method.safetensors"]["bytes"] + manifest["files"]["head.safetensors"]["bytes"],
+        "stored_bytes": manifest["files"]["method.safetensors"]["bytes"]
+        + manifest["files"]["head.safetensors"]["bytes"],
         "training_seconds": manifest["measured"].get("training_seconds"),
     }
 
@@ -87,7 +90,7 @@ def interval(value: Interval) -> dict[str, float]:
 def table(records: list[dict[str, Any]]) -> str:
     """One row a reader, in markdown."""
     lines = [
-        "| reader | trained values | questions seen | nq_dev EM [95%] | nq_dev F1 | squad_dev EM [95%] | squad_dev F1 |",
+        "| reader | trained values | questions seen | nq_dev EM [95%] | nq_dev F1 | squad_dev EM [95%] | squad_dev F1 |",  # noqa: E501
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for record in records:
@@ -97,7 +100,10 @@ def table(records: list[dict[str, Any]]) -> str:
             cells += [f"{em['value']:.1f} [{em['low']:.1f}, {em['high']:.1f}]", f"{overlap['value']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     sizes = ", ".join(f"{name} n={records[0][name]['n']}" for name in SETS)
-    return "\n".join([*lines, "", f"Gold passage given, greedy, never abstaining; {sizes}; bootstrap, 2000 resamples."]) + "\n"
+    return (
+        "\n".join([*lines, "", f"Gold passage given, greedy, never abstaining; {sizes}; bootstrap, 2000 resamples."])
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

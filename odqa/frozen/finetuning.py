@@ -13,7 +13,7 @@ from odqa.frozen.method import Method
 
 
 class FineTuning(Method):
-    """A trainable copy of all weights, less those whose name starts with one of `skip` (a pooler that nothing reads)."""
+    """A trainable copy of all weights but those whose name starts with one of `skip` (a pooler that nothing reads)."""
 
     kind: ClassVar[str] = "fine-tuning"
 
@@ -44,5 +44,3 @@ class FineTuning(Method):
 def _owner(model: nn.Module, key: str) -> tuple[nn.Module, str]:
     path, _, name = key.rpartition("/")
     return model.get_submodule(path.replace("/", ".")), name
-
-

@@ -2,8 +2,8 @@
 
     W x  ->  W x + (alpha / rank) B A x        A: (rank, d_in) Gaussian, B: (d_out, rank) zero at the start
 
-Trains rank * (d_in + d_out) values a matrix. Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1. The update is added
-by forward hooks, so the frozen weight is never written to; parity with PEFT's LoRA is tested.
+Trains rank * (d_in + d_out) values a matrix. Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1. The update is
+added by forward hooks, so the frozen weight is never written to; parity with PEFT's LoRA is tested.
 """
 
 from typing import ClassVar
@@ -69,7 +69,9 @@ def target_linears(backbone: Backbone, targets: list[str] | None) -> dict[str, n
     }
     for target in targets or []:
         if not any(name.endswith(target) for name in found):
-            raise DataError(f"lora: no linear map of {backbone.name} ends in {target!r}; there are {sorted(found)[:6]} ...")
+            raise DataError(
+                f"lora: no linear map of {backbone.name} ends in {target!r}; there are {sorted(found)[:6]} ..."
+            )
     if targets is None:
         return found
     return {name: module for name, module in found.items() if name.endswith(tuple(targets))}

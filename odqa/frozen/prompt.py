@@ -2,8 +2,9 @@
 
     K_l <- [P^k_l; K_l],  V_l <- [P^v_l; V_l]        P: (2, L, P, D), trained directly
 
-Trains 2 * L * P * D values (D: width of all key heads together). Source: Liu et al. 2021 (arXiv 2110.07602); the vectors
-reach the model through its key-value cache, as in THUDM/P-tuning-v2. Text keeps the positions it has without a prompt.
+Trains 2 * L * P * D values (D: width of all key heads together). Source: Liu et al. 2021 (arXiv 2110.07602); the
+vectors reach the model through its key-value cache, as in THUDM/P-tuning-v2. Text keeps the positions that
+it has without a prompt.
 """
 
 from typing import Any, ClassVar
@@ -16,15 +17,19 @@ from odqa.frozen.method import Method
 
 
 class DeepPrompt(Method):
-    """`length` virtual positions a layer. They start as the keys and values that the frozen backbone itself computes
-    for `length` random rows of its vocabulary: a start on the scale of real text (our choice; the paper starts at random).
+    """`length` virtual positions a layer.
+
+    They start as the keys and values that the frozen backbone itself computes for `length` random rows of its
+    vocabulary: a start on the scale of real text (our choice; the paper starts at random).
     """
 
     kind: ClassVar[str] = "deep-prompt"
 
     def __init__(self, backbone: Backbone, *, length: int, seed: int = 0) -> None:
         super().__init__(backbone, length=length, seed=seed)
-        self.prompt = nn.Parameter(_keys_and_values_of_random_tokens(backbone, length, seed))  # (2, L, heads, P, D/heads)
+        self.prompt = nn.Parameter(
+            _keys_and_values_of_random_tokens(backbone, length, seed)
+        )  # (2, L, heads, P, D/heads)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def _install(self, backbone: Backbone) -> None:
@@ -56,7 +61,7 @@ class DeepPrompt(Method):
 
 @torch.no_grad()
 def _keys_and_values_of_random_tokens(backbone: Backbone, length: int, seed: int) -> torch.Tensor:
-    """What every layer's key and value maps give for `length` random tokens: (2, L, heads, length, D/heads), float32."""
+    """What each layer's key and value maps give for `length` random tokens: (2, L, heads, length, D/heads), float32."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = torch.arange(len(backbone.tokenizer)).tolist()
     special = set(backbone.tokenizer.all_special_ids)
@@ -64,13 +69,14 @@ def _keys_and_values_of_random_tokens(backbone: Backbone, length: int, seed: int
     ids = words[torch.randint(len(words), (1, length), generator=generator)].to(backbone.device)
     caught: dict[str, list[torch.Tensor]] = {"key": [], "value": []}
     handles = [
-        module.register_forward_hook(lambda _m, _a, out, kind=name.rpartition(".")[2]: caught[kind].append(out))
+        module.register_forward_hook(lambda _module, _args, out, kind=kind: caught[kind].append(out))
         for name, module in backbone.model.named_modules()
-        if name.endswith((".key", ".value"))
+        if (kind := name.rpartition(".")[2]) in caught
     ]
     backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids))
     for handle in handles:
         handle.remove()
     heads = int(backbone.model.config.num_attention_heads)
     stacked = torch.stack([torch.cat(caught["key"]), torch.cat(caught["value"])]).float().cpu()  # (2, L, P, D)
-    return stacked.unflatten(-1, (heads, -1)).transpose(2, 3).contiguous()
+    layers, width = stacked.shape[1], stacked.shape[-1]
+    return stacked.view(2, layers, length, heads, width // heads).transpose(2, 3).contiguous()

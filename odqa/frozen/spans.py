@@ -30,9 +30,9 @@ class SpanHead(nn.Module):
 class SpanBatch:
     """R passage rows of G questions, padded to T tokens.
 
-    `input_ids`, `attention_mask`, `token_type_ids`: (R, T). `in_text`: (R, T), True where a token belongs to the passage's
-    text (an answer may not start in the question or the title). `question`: (R,), which of the G questions a row is of,
-    rising. `gold`: (N, 3) right spans as row, first token, last token; (row, 0, 0) is "no answer".
+    `input_ids`, `attention_mask`, `token_type_ids`: (R, T). `in_text`: (R, T), True where a token belongs to the
+    passage's text (an answer may not start in the question or the title). `question`: (R,), which of the G questions a
+    row is of, rising. `gold`: (N, 3) right spans as row, first token, last token; (row, 0, 0) is "no answer".
     """
 
     input_ids: torch.Tensor
@@ -76,7 +76,7 @@ def marginal_loss(spans: torch.Tensor, batch: SpanBatch) -> torch.Tensor:
 
 
 def _group_logsumexp(values: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
-    """logsumexp of the values of each group: (N,), (N,) -> (groups,). Exact and differentiable, stable by the group's maximum."""
+    """logsumexp of the values of each group: (N,), (N,) -> (groups,). Differentiable, stable for any values."""
     highest = torch.full((groups,), float("-inf"), dtype=values.dtype, device=values.device)
     highest = highest.scatter_reduce(0, group, values.detach(), "amax")
     total = torch.zeros(groups, dtype=values.dtype, device=values.device)

@@ -22,7 +22,8 @@ from transformers import AutoConfig, LogitsProcessor, LogitsProcessorList, Stopp
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from odqa.errors import DataError, RecipeError
-from odqa.frozen.backbone import Backbone, frozen_guard, load_backbone, resolve_model
+from odqa.frozen.backbone import Backbone, frozen_guard, load_backbone
+from odqa.models import embedded_folder
 from odqa.read.prompts import AnswerRules, Demonstration, Messages, Piece, Prompt, PromptTemplate, find_template
 from odqa.runtime import progress
 from odqa.types import Answer, Candidate, Hit, PackedContext, Query, TokenCosts
@@ -357,7 +358,7 @@ def load_lm(name: str, **options: Any) -> Backbone:
     quantization_config). Raises DataError for a model that is not there.
     """
     try:
-        config = AutoConfig.from_pretrained(resolve_model(name))
+        config = AutoConfig.from_pretrained(embedded_folder(name) or name)
     except (OSError, ValueError) as error:
         raise DataError(f"model {name!r} does not load: {str(error).splitlines()[0]}") from error
     return load_backbone(name, "seq2seq" if config.is_encoder_decoder else "causal", **options)

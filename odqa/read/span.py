@@ -1,7 +1,7 @@
-"""The extractive reader: a frozen encoder, a small learned part, a span head, and one softmax over all packed passages.
+"""The extractive reader: a frozen encoder, a small learned part, a span head, one softmax over all packed passages.
 
-Each packed passage is read apart, together with the question: [CLS] question [SEP] title [SEP] text [SEP]. Rows are made
-of separately tokenised pieces, so that prices add up exactly and what was packed is what is read, to the token.
+Each packed passage is read apart, together with the question: [CLS] question [SEP] title [SEP] text [SEP]. Rows are
+made of separately tokenised pieces, so that prices add up exactly and what was packed is what is read, to the token.
 Distribution and loss: `odqa.frozen.spans`.
 """
 
@@ -46,7 +46,9 @@ class Rows:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", window: int) -> None:
         special = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
         if None in special:
-            raise DataError("span reader: the backbone's tokenizer lacks a [CLS], [SEP] or [PAD] token. Use an encoder.")
+            raise DataError(
+                "span reader: the backbone's tokenizer lacks a [CLS], [SEP] or [PAD] token. Use an encoder."
+            )
         self.cls, self.sep, self.pad = special
         self.window = window
         # A copy without the truncation (MiniLM: 128 tokens) and padding that a tokenizer file may switch on.
@@ -78,7 +80,7 @@ class Rows:
     def batch(
         self, pairs: Sequence[tuple[str, str, str]], question: Sequence[int], gold: Sequence[tuple[int, int, int]] = ()
     ) -> SpanBatch:
-        """Rows for (question, title, text) triples, padded to a multiple of 16 (few shapes: see docs/LOG.md on memory)."""
+        """Rows for (question, title, text) triples, padded to a multiple of 16: many shapes make memory grow."""
         width = -(-max(self.length(*pair) for pair in pairs) // 16) * 16
         ids = torch.full((len(pairs), width), self.pad)
         mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
@@ -152,8 +154,8 @@ class SpanReader:
         bare = rows.length(query.text, "", "")
         if bare >= rows.window:
             raise DataError(
-                f"question {query.id!r} has {bare - 4} tokens; the reader's window of {rows.window} leaves no room for a "
-                "passage. Shorten the question."
+                f"question {query.id!r} has {bare - 4} tokens; the reader's window of {rows.window} leaves no room for "
+                "a passage. Shorten the question."
             )
         lengths = [rows.length(query.text, hit.passage.title, hit.passage.text) for hit in hits]
         return TokenCosts(0, tuple(n if n <= rows.window else None for n in lengths), None)
@@ -236,10 +238,12 @@ def save_span_reader(folder: Path, model: SpanModel, *, dtype: torch.dtype = tor
     (folder / READER).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def load_span_reader(folder: Path, *, backbone: str | None = None, device: str = "auto", dtype: str = "auto") -> SpanModel:
+def load_span_reader(
+    folder: Path, *, backbone: str | None = None, device: str = "auto", dtype: str = "auto"
+) -> SpanModel:
     """Load a saved span reader on its backbone (`backbone` names another place of the same weights).
 
-    Raises ArtifactError if the folder is no span reader, ArtifactMismatch if the backbone is not the one it was trained on.
+    Raises ArtifactError if the folder is no span reader, ArtifactMismatch if it was trained on another backbone.
     """
     settings_file = folder / READER
     if not settings_file.is_file():

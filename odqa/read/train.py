@@ -1,8 +1,8 @@
-"""Training the span reader: from rows of question, answers and passage to batches of token ids, and the measure on tune.
+"""Training the span reader: from rows of question, answers and passage to batches of token ids, and scores on tune.
 
-A training group is one question with its passage and, for a share of the questions, one passage that does not answer it;
-for another share the answer is missing altogether and "no answer" is right. Which question gets what, and the order of
-batches, depend on seed and epoch alone. The loop is `odqa.frozen.fit`; nothing here reads a dev file.
+A training group is one question with its passage and, for a share of the questions, one passage that does not answer
+it; for another share the answer is missing altogether and "no answer" is right. Which question gets what, and the
+order of batches, depend on seed and epoch alone. The loop is `odqa.frozen.fit`; nothing here reads a dev file.
 """
 
 import gzip
@@ -73,7 +73,9 @@ def read_examples(path: Path, passages: Mapping[str, Passage]) -> Iterator[Examp
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
             except KeyError as error:
-                raise DataError(f"{path}, line {number}: {error} is neither a field of the row nor a known passage.") from error
+                raise DataError(
+                    f"{path}, line {number}: {error} is neither a field of the row nor a known passage."
+                ) from error
 
 
 class SpanBatches:
@@ -82,7 +84,7 @@ class SpanBatches:
     def __init__(self, examples: Sequence[Example], rows: Rows, longest: int, settings: GroupSettings) -> None:
         self.rows, self.longest, self.settings = rows, longest, settings
         weights = settings.source_weights or {}
-        # Spans are found once; an example without one (an answer longer than `longest`, or cut by the window) is left out.
+        # Spans are found once; an example without one (longer than `longest`, or cut by the window) is left out.
         self.examples, self.spans, self.left_out = [], [], 0
         for example in examples:
             spans = token_spans(rows, example, longest)
@@ -155,7 +157,9 @@ def read_gold_passages(
 ) -> list[Answer]:
     """Answers when the reader sees the best gold passage and nothing else."""
     hits = [Hit(passages[gold.passage_ids[0]], 0.0, "gold") for _, gold in questions]
-    return reader.read([PackedContext(query, "", (hit,), 0, 0) for (query, _), hit in zip(questions, hits, strict=True)])
+    return reader.read(
+        [PackedContext(query, "", (hit,), 0, 0) for (query, _), hit in zip(questions, hits, strict=True)]
+    )
 
 
 def gold_passage_scores(
@@ -206,7 +210,13 @@ def train_span_reader(
     count = model.method.count(model.backbone)
     modules = {"method": model.method, "head": model.head}
     result = fit(
-        modules, batches, loss, fit_settings, checkpoint=draft.path / CHECKPOINT, evaluate=evaluate if tune else None, log=log
+        modules,
+        batches,
+        loss,
+        fit_settings,
+        checkpoint=draft.path / CHECKPOINT,
+        evaluate=evaluate if tune else None,
+        log=log,
     )
     model.check_frozen()
     save_span_reader(draft.path, model, dtype=stored)

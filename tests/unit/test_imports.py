@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "odqa"
 
 VALUES = {"types", "errors"}
-GROUND = {"text", "corpus", "artifacts", "runtime"}
+GROUND = {"text", "corpus", "artifacts", "runtime", "models"}
 STAGES = {"retrieve", "rerank", "pack", "read", "recurse"}
 STAGE = VALUES | GROUND | {"stages"}
 MODELS = {"rerank", "read", "recurse"}  # stages that run a language model
@@ -26,7 +26,7 @@ ALLOWED = {
     **dict.fromkeys(GROUND, VALUES | GROUND),
     **dict.fromkeys(STAGES, STAGE),
     **dict.fromkeys(MODELS, STAGE | {"frozen"}),
-    "frozen": {"errors", "artifacts", "runtime"},
+    "frozen": {"errors", "artifacts", "runtime", "models"},
     "pipeline": {"types", "stages"},
     "runs": VALUES | {"artifacts", "runtime"},
     "evaluate": VALUES | {"text"},

@@ -131,7 +131,7 @@ def test_reads_jsonl_questions_and_gold(tmp_path: Path) -> None:
 def test_questions_need_no_answers_and_get_line_numbers_for_ids(tmp_path: Path) -> None:
     file = write(tmp_path / "q.jsonl", jsonl({"question": "who?"}, {"question": "what?"}))
     assert read_questions(file) == [Query("1", "who?"), Query("2", "what?")]
-    with pytest.raises(DataError, match="q.jsonl:1: no answers"):
+    with pytest.raises(DataError, match=r"q\.jsonl:1: no answers"):
         read_gold(file)
 
 

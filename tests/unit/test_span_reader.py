@@ -121,7 +121,7 @@ def test_a_folder_without_a_reader_is_refused(tmp_path: Path) -> None:
         load_span_reader(tmp_path)
 
 
-# --- training groups ------------------------------------------------------------------------------------------------------
+# --- training groups --------------------------------------------------------------------------------------------------
 
 EXAMPLES = [
     Example(
@@ -182,5 +182,7 @@ def test_reading_examples_names_the_line_that_is_wrong(tmp_path: Path) -> None:
 
 def test_gold_passage_scores_are_percent(model: SpanModel) -> None:
     passage = Passage("g", "paris")
-    scores = gold_passage_scores(SpanReader(model), [(Query("q", "city"), Gold("q", ("paris",), ("g",)))], {"g": passage})
+    scores = gold_passage_scores(
+        SpanReader(model), [(Query("q", "city"), Gold("q", ("paris",), ("g",)))], {"g": passage}
+    )
     assert scores == {"em": 100.0, "f1": 100.0}  # one word, so one span

@@ -30,7 +30,10 @@ def test_spans_are_those_of_a_double_loop() -> None:
     spans = span_scores(SCORES, IN_TEXT, LONGEST)
     for row in range(2):
         found = {
-            (i, i + w): spans[row, i, w].item() for i in range(4) for w in range(LONGEST) if spans[row, i, w] > -math.inf
+            (i, i + w): spans[row, i, w].item()
+            for i in range(4)
+            for w in range(LONGEST)
+            if spans[row, i, w] > -math.inf
         }
         expected = by_hand(row)
         assert found.keys() == expected.keys()

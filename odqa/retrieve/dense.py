@@ -1,0 +1,389 @@
+"""Bi-encoders: texts in, vectors out, with every setting that decides what a vector means kept beside the index.
+
+Any encoder that `transformers` loads: a sentence-transformers folder (its pooling, normalisation and length are read
+here, so that a query need not wait for that package's import), a plain encoder, or DPR's question and context encoders.
+Encoding tokenises once, sorts by length and cuts batches by tokens; bfloat16 where the processor is fast at it.
+
+torch and transformers are imported when an encoder is loaded. This module knows nothing of search.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from odqa.artifacts import Draft, sha256_file
+from odqa.corpus.store import PassageStore
+from odqa.errors import DataError
+from odqa.models import embedded_folder, quiet_loading
+from odqa.runtime import choose_device, choose_dtype, progress
+from odqa.types import Passage
+
+if TYPE_CHECKING:
+    import torch
+
+Pooling = Literal["auto", "mean", "cls", "pooler"]
+Titles = Literal["space", "newline", "pair", "none"]
+
+PART_ROWS = 8192  # passages a part: a minute or two of work on two cores, which is what a kill costs at most
+# Tokens a batch, on a processor and on a CUDA device. Measured for MiniLM: activations should stay in the cache.
+BATCH_TOKENS = (2048, 65_536)
+_LENGTH_STEP = 8  # batches are padded to multiples of this, because ever-changing shapes make the CPU allocator grow
+_LONGEST = 512  # tokens, if neither settings nor the folder know a limit
+_FIELDS = {
+    "input_ids": "ids",
+    "attention_mask": "attention_mask",
+    "token_type_ids": "type_ids",
+}  # of tokenizers.Encoding
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSettings:
+    """What decides the vectors of a bi-encoder.
+
+    `question_model` and `passage_model` are local folders, hub names or `embedded:all-MiniLM-L6-v2`; without a passage
+    model one model does both. `pooling`: "mean" over tokens, the first token ("cls"), the model's own "pooler" (DPR),
+    or "auto": what the folder says. `normalize`: unit length, or None for what the folder says (plain models: no).
+    `*_max_tokens` count special tokens; None is the folder's own length. `titles` puts "title text", "title\\ntext",
+    the pair [CLS] title [SEP] text [SEP] (DPR), or leaves titles out. `dtype` is that of the computation, `store_dtype`
+    that of the saved passage vectors.
+    """
+
+    question_model: str
+    passage_model: str | None = None
+    pooling: Pooling = "auto"
+    normalize: bool | None = None
+    query_prefix: str = ""
+    passage_prefix: str = ""
+    query_max_tokens: int | None = None
+    passage_max_tokens: int | None = None
+    titles: Titles = "space"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    store_dtype: Literal["float16", "float32"] = "float16"
+
+    def __post_init__(self) -> None:
+        for side, limit in (("query", self.query_max_tokens), ("passage", self.passage_max_tokens)):
+            if limit is not None and limit < 3:
+                raise DataError(f"encoder: {side}_max_tokens is {limit}; two special tokens and a word need 3.")
+
+    def passage_text(self, passage: Passage) -> str | tuple[str, str]:
+        """What of a passage is encoded: a text, or a (title, text) pair."""
+        if self.titles == "pair":
+            return self.passage_prefix + passage.title, passage.text
+        joint = {"space": " ", "newline": "\n"}.get(self.titles)
+        with_title = f"{passage.title}{joint}{passage.text}" if joint and passage.title else passage.text
+        return self.passage_prefix + with_title
+
+
+class Encoder:
+    """Encodes questions and passages as `settings` say. Finds the question folder at once, loads models when needed."""
+
+    def __init__(self, settings: EncoderSettings, *, device: str = "auto", batch_tokens: int | None = None) -> None:
+        self.settings = settings
+        self.device = device
+        self.batch_tokens = batch_tokens
+        self.question_folder = resolve_model(settings.question_model)
+
+    @cached_property
+    def passage_folder(self) -> Path:
+        """The folder of the passage model; a query never asks for it."""
+        name = self.settings.passage_model
+        return self.question_folder if name in (None, self.settings.question_model) else resolve_model(str(name))
+
+    @cached_property
+    def resolved(self) -> EncoderSettings:
+        """The settings with every open choice made as the folders' configurations say; loads no weights."""
+        settings = self.settings
+        is_open = settings.pooling == "auto" or None in (
+            settings.normalize,
+            settings.query_max_tokens,
+            settings.passage_max_tokens,
+        )
+        if not is_open:
+            return settings
+        question, passage = _FolderDefaults.load(self.question_folder), _FolderDefaults.load(self.passage_folder)
+        return replace(
+            settings,
+            pooling=question.pooling if settings.pooling == "auto" else settings.pooling,
+            normalize=question.normalize if settings.normalize is None else settings.normalize,
+            query_max_tokens=settings.query_max_tokens or question.max_tokens,
+            passage_max_tokens=settings.passage_max_tokens or passage.max_tokens,
+        )
+
+    @property
+    def width(self) -> int:
+        """D, the width of the vectors."""
+        return self._question_tower.width
+
+    def encode_questions(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors of questions: float32 (Q, D), row i for text i."""
+        prefixed = [self.settings.query_prefix + text for text in texts]
+        return self._question_tower.encode(prefixed, self.resolved.query_max_tokens)
+
+    def encode_passages(self, passages: Sequence[Passage]) -> np.ndarray:
+        """Vectors of passages: float32 (N, D), row i for passage i."""
+        texts = [self.settings.passage_text(passage) for passage in passages]
+        return self._passage_tower.encode(texts, self.resolved.passage_max_tokens)
+
+    @cached_property
+    def _question_tower(self) -> "_Tower":
+        return _Tower(self.question_folder, self.resolved, self.device, self.batch_tokens)
+
+    @cached_property
+    def _passage_tower(self) -> "_Tower":
+        if self.passage_folder == self.question_folder:
+            return self._question_tower
+        return _Tower(self.passage_folder, self.resolved, self.device, self.batch_tokens)
+
+
+def save_passage_vectors(
+    encoder: Encoder, store: PassageStore, draft: Draft, name: str = "vectors", *, part_rows: int = PART_ROWS
+) -> None:
+    """Encode a store into `part-00000.npy` ... in the folder `name` of `draft`; a resumed job skips finished parts.
+
+    Each part is (part_rows, D) in `store_dtype`, and depends on its own passages alone.
+    """
+    with progress("encode", len(store), "passages") as bar:
+        for part, start in enumerate(range(0, len(store), part_rows)):
+            stop = min(start + part_rows, len(store))
+            draft.part(
+                f"{name}/part-{part:05d}.npy",
+                lambda path, start=start, stop=stop: _save_vectors(path, encoder, store.slice(start, stop)),  # type: ignore[misc]
+            )
+            bar.advance(stop - start)
+
+
+def resolve_model(name: str) -> Path:
+    """The local folder of a model: a folder as it is, an embedded model, or a hub name (from its cache, or fetched)."""
+    embedded = embedded_folder(name)
+    if embedded is not None:
+        return embedded
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise DataError(f"encoder {name!r} is neither a folder nor a hub name (OWNER/NAME) nor an embedded model.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.txt", "*.model", *_WEIGHTS]
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["onnx/*", "openvino/*"]))
+    except Exception as error:  # the hub's errors have no common base: connection, authorisation, unknown name
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"encoder {name!r}: no such folder here, and the hub does not give it ({reason}).") from error
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over the sha256 of a model folder's weights files, in name order; loads neither torch nor the model."""
+    files = [file for pattern in _WEIGHTS for file in sorted(folder.glob(pattern))]
+    if not files:
+        raise DataError(f"encoder {folder}: no weights here (expected {' or '.join(_WEIGHTS)}).")
+    digest = hashlib.sha256()
+    for file in files:
+        if file.suffix == files[0].suffix:  # safetensors alone, if both kinds are there: transformers loads these
+            digest.update(sha256_file(file).encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _FolderDefaults:
+    """What a model folder says about the use of its model."""
+
+    pooling: Literal["mean", "cls", "pooler"]
+    normalize: bool
+    max_tokens: int
+
+    @classmethod
+    def load(cls, folder: Path) -> "_FolderDefaults":
+        config = _json(folder / "config.json")
+        if config is None:
+            raise DataError(f"encoder {folder}: config.json is missing; expected a model that transformers can load.")
+        positions = int(config.get("max_position_embeddings") or _LONGEST)
+        told = (_json(folder / "tokenizer_config.json") or {}).get("model_max_length") or positions
+        limit = min(
+            positions, int(told)
+        )  # RoBERTa has two positions more than it can use; MiniLM's tokenizer says more
+        modules = _json(folder / "modules.json")
+        if modules is not None:
+            return _sentence_transformers_defaults(folder, modules, limit)
+        is_dpr = config.get("model_type") == "dpr"
+        return cls("pooler" if is_dpr else "mean", False, limit)
+
+
+def _sentence_transformers_defaults(folder: Path, modules: list[dict[str, str]], limit: int) -> _FolderDefaults:
+    """Read modules.json and what it points to; only Transformer, Pooling and Normalize are understood."""
+    kinds = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
+    unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
+    if unknown or "Pooling" not in kinds:
+        what = f"modules {', '.join(sorted(unknown))}" if unknown else "no Pooling module"
+        raise DataError(f"encoder {folder}: modules.json has {what}; Transformer, Pooling and Normalize are supported.")
+    pooling = _json(folder / kinds["Pooling"] / "config.json") or {}
+    modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "mean": "mean", "cls": "cls"}
+    newer = pooling.get("pooling_mode")  # one name; older files have a switch for every mode
+    switched_on = [key for key, on in pooling.items() if key.startswith("pooling_mode_") and on is True]
+    chosen = [newer] if isinstance(newer, str) else switched_on
+    if len(chosen) != 1 or chosen[0] not in modes:
+        raise DataError(f"encoder {folder}: pooling {' and '.join(chosen) or 'missing'}; mean and cls are supported.")
+    length = (_json(folder / "sentence_bert_config.json") or {}).get("max_seq_length")
+    mode: Any = modes[chosen[0]]
+    return _FolderDefaults(mode, "Normalize" in kinds, length or limit)
+
+
+def _json(path: Path) -> Any:
+    """The JSON value of a file, None if there is none."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}).") from error
+
+
+class _Tower:
+    """One transformer with its tokenizer: texts to vectors."""
+
+    def __init__(self, folder: Path, settings: EncoderSettings, device: str, batch_tokens: int | None) -> None:
+        self._device = choose_device(device)
+        self._settings = settings
+        self._batch_tokens = batch_tokens or BATCH_TOKENS[self._device.type == "cuda"]
+        self._model = _load_model(folder, choose_dtype(settings.dtype, self._device)).to(self._device)
+        self._tokenizer = _load_tokenizer(folder)
+        self.width = int(getattr(self._model.config, "projection_dim", 0) or self._model.config.hidden_size)
+
+    def encode(self, texts: Sequence[str | tuple[str, str]], max_tokens: int | None) -> np.ndarray:
+        """float32 (N, D) for N texts or (title, text) pairs, cut at `max_tokens`."""
+        import torch
+
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_padding()  # MiniLM's tokenizer.json pads and cuts at 128, its model reads 256
+        backend.enable_truncation(max_tokens or _LONGEST)
+        encodings = backend.encode_batch(list(texts))
+        vectors = np.empty((len(texts), self.width), np.float32)
+
+        def work(batch: list[int]) -> None:
+            with torch.inference_mode():  # a setting of the thread
+                vectors[batch] = self._encode_batch([encodings[i] for i in batch])
+
+        batches = list(_batches([len(encoding.ids) for encoding in encodings], self._batch_tokens))
+        if self._device.type != "cpu" or min(len(batches), torch.get_num_threads()) < 2:
+            for batch in batches:
+                work(batch)
+        else:
+            with _single_threaded_workers() as pool:
+                list(pool.map(work, batches))
+        return vectors
+
+    def _encode_batch(self, encodings: Sequence[Any]) -> np.ndarray:
+        """Pad to (B, T), run the model, pool to float32 (B, D)."""
+        import torch
+
+        longest = max(len(encoding.ids) for encoding in encodings)
+        limit = getattr(self._model.config, "max_position_embeddings", None) or longest
+        shape = (len(encodings), max(min(_round_up(longest, _LENGTH_STEP), limit), longest))
+        names = {"attention_mask", *self._tokenizer.model_input_names}
+        inputs = {name: np.zeros(shape, np.int64) for name in names}
+        inputs["input_ids"] += self._tokenizer.pad_token_id or 0
+        for row, encoding in enumerate(encodings):
+            for name, values in inputs.items():
+                values[row, : len(encoding.ids)] = getattr(encoding, _FIELDS[name])
+        tensors = {name: torch.from_numpy(values).to(self._device) for name, values in inputs.items()}
+        vectors = _pool(self._model(**tensors), tensors["attention_mask"], self._settings.pooling)
+        if self._settings.normalize:
+            vectors = torch.nn.functional.normalize(vectors, dim=1)
+        return np.asarray(vectors.cpu().numpy(), np.float32)
+
+
+@contextmanager
+def _single_threaded_workers() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch would use for one operation, each of which runs its own operations alone.
+
+    A thread a batch needs no barriers: the same speed as one operation on all cores where these are idle, and three
+    times that speed where another process wants a core too. And no sum depends on the number of cores.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # the workers' calls also told torch what threads made later begin with
+
+
+def _pool(output: Any, mask: "torch.Tensor", pooling: Pooling) -> "torch.Tensor":
+    """One float32 vector a text (B, D). DPR's models give theirs, projected, as `pooler_output`."""
+    if pooling == "pooler":
+        pooled: torch.Tensor | None = getattr(output, "pooler_output", None)
+        if pooled is None:
+            raise DataError("pooling: pooler asks for a pooler that this encoder does not have. Use mean or cls.")
+        return pooled.float()
+    states: torch.Tensor = output.last_hidden_state.float()  # (B, T, D)
+    if pooling == "cls":
+        return states[:, 0]
+    weights = mask.unsqueeze(-1).float()
+    return (states * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Cut texts into batches of at most `batch_tokens` padded tokens, longest texts first (memory peaks at once)."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    start = 0
+    while start < len(order):
+        size = max(1, batch_tokens // _round_up(lengths[order[start]], _LENGTH_STEP))
+        yield order[start : start + size]
+        start += size
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _load_model(folder: Path, dtype: "torch.dtype") -> Any:
+    from transformers import AutoModel, DPRContextEncoder, DPRQuestionEncoder
+
+    config = _json(folder / "config.json") or {}
+    is_context = "DPRContextEncoder" in (config.get("architectures") or [])
+    dpr = DPRContextEncoder if is_context else DPRQuestionEncoder
+    if config.get("is_encoder_decoder"):
+        raise DataError(
+            f"encoder {folder}: {config.get('model_type')} is an encoder-decoder; encoders alone are supported."
+        )
+    loader: Any = dpr if config.get("model_type") == "dpr" else AutoModel
+    try:
+        with quiet_loading():
+            return loader.from_pretrained(str(folder), dtype=dtype, local_files_only=True).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"encoder {folder}: transformers cannot load it ({str(error).splitlines()[0]}).") from error
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer as transformers sees it: it says which inputs the model takes. It must be a fast one."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"encoder {folder}: no tokenizer ({str(error).splitlines()[0]}).") from error
+    unknown = set(tokenizer.model_input_names) - set(_FIELDS)
+    if unknown or getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise DataError(f"encoder {folder}: its tokenizer has no fast form, or inputs beside {', '.join(_FIELDS)}.")
+    return tokenizer
+
+
+def _save_vectors(path: Path, encoder: Encoder, passages: Sequence[Passage]) -> None:
+    with np.errstate(over="ignore"):  # reported below
+        vectors = encoder.encode_passages(passages).astype(encoder.settings.store_dtype)
+    if not np.isfinite(vectors).all():
+        raise DataError(
+            f"the encoder gives NaN or infinity for a passage near id {passages[0].id!r}; try dtype: float32 and"
+            " store_dtype: float32."
+        )
+    with path.open("wb") as file:
+        np.save(file, vectors, allow_pickle=False)

@@ -1,0 +1,242 @@
+"""The index artifact (kind "index"): a collection's texts with its BM25 postings, its vectors, or both.
+
+    passages/        the text store (odqa.corpus.store)
+    bm25/            settings with the analyser, and postings (odqa.retrieve.bm25)
+    dense/           encoder.json: the encoder, its settings and fingerprints
+    dense/vectors/   passage vectors in parts, unless FAISS has replaced them
+    dense/search/    how they are searched (odqa.retrieve.vectors)
+
+The index owns its analyser and its encoder: a retriever takes an index and has no way to disagree with it.
+What a pipeline does not use is not loaded: BM25 alone imports neither torch nor transformers nor faiss.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from odqa.artifacts import Artifact, building, load_artifact, sha256_json
+from odqa.corpus.store import PART_ROWS, PassageStore, save_store
+from odqa.errors import ArtifactError, ArtifactMismatch
+from odqa.retrieve.bm25 import Bm25Searcher, Bm25Settings, ReferenceSearcher, build_bm25, load_bm25
+from odqa.retrieve.dense import Encoder, EncoderSettings, fingerprint, save_passage_vectors
+from odqa.retrieve.fuse import Normalise, reciprocal_rank_fusion, weighted_fusion
+from odqa.retrieve.rankings import Rankings, Searcher, check_depth
+from odqa.retrieve.vectors import VectorSearcher, VectorSettings, build_vectors, load_vectors
+from odqa.types import Hit, Passage, Query
+
+KIND = "index"
+
+
+def build_index(
+    path: Path,
+    passages: Iterable[Passage],
+    *,
+    source: Mapping[str, Any],
+    bm25: Bm25Settings | None = None,
+    encoder: EncoderSettings | None = None,
+    vectors: VectorSettings | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    part_rows: int = PART_ROWS,
+) -> "Index":
+    """Build the index `path` from a stream of passages, and open it.
+
+    `source` says what the passages are (path and sha256 of the file) and goes into the manifest; `bm25` and `encoder`
+    are what to build, `vectors` how the encoder's vectors are searched (default: exactly). `recipe` is the resolved
+    recipe for the manifest (default: the settings). A killed build continues when it is called again with the same
+    arguments and a stream of the same passages; the stream is not touched if the store was finished.
+    """
+    dense = Encoder(encoder, device=device) if encoder else None
+    vectors = vectors or VectorSettings()
+    settings: dict[str, Any] = {"part_rows": part_rows}
+    inputs: dict[str, Any] = {"passages": dict(source)}
+    if bm25:
+        settings["bm25"] = asdict(bm25)
+    if dense:
+        settings["encoder"], settings["vectors"] = asdict(dense.resolved), asdict(vectors)
+        inputs["encoder"] = _fingerprints(dense)
+    inputs["settings"] = sha256_json(settings)
+    scratch = ("bm25.parts",) if vectors.keeps_vectors else ("bm25.parts", "dense/vectors")
+    with building(path, KIND, recipe=recipe or settings, inputs=inputs, scratch=scratch) as draft:
+        save_store(passages, draft, part_rows=part_rows)
+        store = PassageStore.open(draft.path / "passages")
+        draft.counts["passages"] = len(store)
+        if bm25:
+            build_bm25(store, bm25, draft)
+        if dense:
+            if not draft.has("dense/search/search.json"):
+                save_passage_vectors(dense, store, draft, "dense/vectors")
+                build_vectors(draft.path / "dense/vectors", vectors, draft, "dense/search")
+            draft.write_json("dense/encoder.json", {"settings": asdict(dense.resolved), "weights": inputs["encoder"]})
+        if recipe is not None:
+            draft.extra["settings"] = settings
+    return load_index(path)
+
+
+def load_index(
+    path: Path,
+    *,
+    encoder: str | None = None,
+    device: str = "auto",
+    search: Mapping[str, float] | None = None,
+    verify: bool = False,
+) -> "Index":
+    """Open a finished index; nothing but manifests is read before it is used.
+
+    `encoder` is where the question encoder lies now (default: the name the index was built with); one with other
+    weights is refused when `dense` is asked for. `search` replaces stored FAISS knobs. `verify` compares all hashes.
+    """
+    return Index(load_artifact(Path(path), KIND, verify=verify), encoder=encoder, device=device, search=search)
+
+
+class Index:
+    """A finished index: `store`, and the searchers it holds, each opened when first asked for."""
+
+    def __init__(
+        self, artifact: Artifact, *, encoder: str | None, device: str, search: Mapping[str, float] | None
+    ) -> None:
+        self.artifact = artifact
+        self._encoder, self._device, self._search = encoder, device, search
+
+    @property
+    def path(self) -> Path:
+        return self.artifact.path
+
+    @property
+    def has_bm25(self) -> bool:
+        return (self.path / "bm25").is_dir()
+
+    @property
+    def has_dense(self) -> bool:
+        return (self.path / "dense").is_dir()
+
+    @cached_property
+    def store(self) -> PassageStore:
+        """The passages of the collection."""
+        return PassageStore.open(self.path / "passages")
+
+    @cached_property
+    def bm25(self) -> Bm25Searcher | ReferenceSearcher:
+        """The BM25 searcher. Raises ArtifactError if the index has none."""
+        if not self.has_bm25:
+            raise ArtifactError(f"{self.path}: this index has no BM25 part. Build one with bm25 in its recipe.")
+        return load_bm25(self.path / "bm25", self.store)
+
+    @cached_property
+    def dense(self) -> "DenseSearcher":
+        """The dense searcher. Raises ArtifactError without one, ArtifactMismatch for an encoder of other weights."""
+        if not self.has_dense:
+            raise ArtifactError(f"{self.path}: this index has no vectors. Build one with an encoder in its recipe.")
+        built = json.loads((self.path / "dense/encoder.json").read_text(encoding="utf-8"))
+        settings = EncoderSettings(**built["settings"])
+        if self._encoder is not None:
+            settings = replace(settings, question_model=self._encoder, passage_model=None)
+        encoder = Encoder(settings, device=self._device)
+        found, expected = fingerprint(encoder.question_folder), built["weights"]["question"]
+        if found != expected:
+            raise ArtifactMismatch(
+                f"{self.path}: built with {built['settings']['question_model']} of weights {expected[:8]}, but"
+                f" {settings.question_model} has weights {found[:8]}. Use that encoder or build the index again."
+            )
+        vectors = load_vectors(self.path / "dense/search", self.path / "dense/vectors", search=self._search)
+        return DenseSearcher(encoder, vectors)
+
+
+@dataclass(frozen=True, slots=True)
+class DenseSearcher:
+    """Encodes texts as questions and searches with their vectors."""
+
+    encoder: Encoder
+    vectors: VectorSearcher
+
+    def search(self, texts: Sequence[str], k: int) -> Rankings:
+        """At most k rows a text. Raises ValueError for k < 1."""
+        check_depth(k)
+        return self.vectors.search(self.encoder.encode_questions(texts), k)
+
+
+class _SearchRetriever:
+    """A Retriever over one searcher of an index."""
+
+    def __init__(self, index: Index, searcher: Searcher) -> None:
+        self.index = index
+        self._searcher = searcher
+
+    def rank(self, texts: Sequence[str], k: int) -> Rankings:
+        """The ranking as arrays, for evaluation and fusion at scale."""
+        check_depth(k)
+        return self._searcher.search(texts, k)
+
+    def retrieve(self, queries: Sequence[Query], k: int) -> list[list[Hit]]:
+        """At most k hits a query, best first; see `odqa.stages.Retriever`."""
+        check_depth(k)
+        return self.rank([query.text for query in queries], k).hits(self.index.store) if queries else []
+
+
+class Bm25Retriever(_SearchRetriever):
+    """Passages that share terms with the question."""
+
+    def __init__(self, index: Index) -> None:
+        super().__init__(index, index.bm25)
+
+
+class DenseRetriever(_SearchRetriever):
+    """Passages whose vectors lie in the direction of the question's. An encoder that does not fit is refused here."""
+
+    def __init__(self, index: Index) -> None:
+        super().__init__(index, index.dense)
+
+
+class HybridRetriever(_SearchRetriever):
+    """Both, fused. `depth` is what each gives to the fusion, at least k.
+
+    `fusion` "weighted" sums scores, normalised per question, with `weights` (BM25, dense); "rrf" sums 1 / (c + rank)
+    and ignores weights and normalisation. The defaults were chosen on nq-mini's tune questions by
+    scripts/tune_fusion.py. They weigh raw scores: a BM25 score of 10 counts as a cosine of 0.34. BM25 scores grow with
+    the logarithm of the collection, so for a much larger one choose anew, or take "z-score" with (0.45, 0.55).
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        *,
+        depth: int = 100,
+        fusion: Literal["weighted", "rrf"] = "weighted",
+        weights: tuple[float, float] = (0.0325, 0.9675),
+        normalise: Normalise = "none",
+        c: float = 60.0,
+    ) -> None:
+        super().__init__(index, _HybridSearcher(index.bm25, index.dense, depth, fusion, weights, normalise, c))
+
+
+@dataclass(frozen=True, slots=True)
+class _HybridSearcher:
+    bm25: Searcher
+    dense: Searcher
+    depth: int
+    fusion: Literal["weighted", "rrf"]
+    weights: tuple[float, float]
+    normalise: Normalise
+    c: float
+
+    def search(self, texts: Sequence[str], k: int) -> Rankings:
+        runs = [searcher.search(texts, max(k, self.depth)) for searcher in (self.bm25, self.dense)]
+        if self.fusion == "rrf":
+            return reciprocal_rank_fusion(runs, k, c=self.c)
+        return weighted_fusion(runs, self.weights, k, normalise=self.normalise)
+
+
+def _fingerprints(encoder: Encoder) -> dict[str, str]:
+    question = fingerprint(encoder.question_folder)
+    same = encoder.passage_folder == encoder.question_folder
+    return {"question": question, "passage": question if same else fingerprint(encoder.passage_folder)}
+
+
+if TYPE_CHECKING:
+    from odqa.stages import Retriever
+
+    def _is_retriever(bm25: Bm25Retriever, dense: DenseRetriever, hybrid: HybridRetriever) -> tuple[Retriever, ...]:
+        return bm25, dense, hybrid
