@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from odqa.recipes import Places
     from odqa.types import Trace
 
+_HELP = "Open-domain question answering on frozen language models: index a Wikipedia dump, ask, evaluate, train."
+
 app = typer.Typer(
     name="odqa",
-    help="Open-domain question answering on frozen language models: index a Wikipedia dump, ask, evaluate, train.",
+    help=_HELP,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,16 +37,36 @@ Artifacts = Annotated[
     typer.Option("--artifacts", help="Where indexes and trained parts lie [env: ODQA_ARTIFACTS; ./artifacts]."),
 ]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting of the recipe, once or more often.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="A.B=C", help="Change one setting for this call (packer.budget=512); may be repeated."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import odqa
+
+        _print(odqa.__version__)
+        raise typer.Exit
+
+
+@app.callback(help=_HELP)
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print it.")
+    ] = False,
+) -> None:
+    """Options of odqa itself; `--version` is done when they are read."""
+
+
 @app.command()
 def check(
-    recipe: Annotated[str, typer.Argument(help="Any recipe.")], changes: Set = None, as_json: Json = False
+    recipe: Annotated[str, typer.Argument(help="A recipe of any kind.")], changes: Set = None, as_json: Json = False
 ) -> None:
-    """Validate a recipe; print it with every default filled in, and its hash."""
+    """Validate a recipe; print it with all defaults, and its hash."""
     from odqa.recipes import load_recipe
 
     checked = load_recipe(recipe, changes=changes or ())
@@ -71,7 +93,10 @@ def index(
     changes: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Build an index: dump or passages -> text store, BM25, vectors. Run again after a kill, it continues."""
+    """Build an index from a dump or passages; resumes after a kill.
+
+    Makes the text store, BM25 and vectors that the recipe asks for, in DIR/artifacts/RECIPE or --out.
+    """
     from odqa import jobs
     from odqa.recipes import load_recipe
 
@@ -85,8 +110,8 @@ def index(
 
 @app.command()
 def ask(
-    pipeline: Annotated[str, typer.Argument(help="A pipeline recipe, such as pipelines/embedded.yaml.")],
-    question: Annotated[str, typer.Argument(help="The question.")],
+    pipeline: Annotated[str, typer.Argument(help="A pipeline recipe; may be left out.")],
+    question: Annotated[str | None, typer.Argument(help="The question.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No evidence on stderr.")] = False,
     build: Annotated[bool, typer.Option("--build", help="Build the index first if it is missing.")] = False,
     data: Data = None,
@@ -94,9 +119,15 @@ def ask(
     changes: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Answer one question: the answer on stdout, the evidence and the stages' times on stderr."""
+    """Answer one question, and show the evidence.
+
+    The answer is on stdout, the evidence and the stages' times are on stderr. With the question alone, the embedded
+    pipeline answers, and builds its index if it is missing.
+    """
     from odqa import jobs, report
 
+    if question is None:
+        pipeline, question, build = "pipelines/embedded.yaml", pipeline, True
     if not question.strip():
         raise DataError("the question is empty. Ask something.")
     loaded = jobs.load_pipeline(pipeline, places=_places(data, artifacts), build=build, changes=changes or (), log=_log)
@@ -113,17 +144,18 @@ def ask(
 def run(
     pipeline: Annotated[str, typer.Argument(help="A pipeline recipe.")],
     questions: Annotated[str, typer.Argument(help='jsonl with {"id", "question"}, or DPR\'s question/answers csv.')],
-    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/run"),
+    out: Annotated[Path | None, typer.Option(help="The run folder [runs/PIPELINE/QUESTIONS].")] = None,
     build: Annotated[bool, typer.Option("--build", help="Build the index first if it is missing.")] = False,
     data: Data = None,
     artifacts: Artifacts = None,
     changes: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Answer a file of questions into a run folder. Run again after a kill, it continues."""
+    """Answer a file of questions into a run folder; resumes after a kill."""
     from odqa import jobs
 
     places = _places(data, artifacts)
+    out = out or Path("runs") / Path(pipeline).stem / Path(questions).name.split(".")[0]
     made = jobs.run(pipeline, questions, out, places=places, build=build, changes=changes or (), log=_log)
     if as_json:
         _print_json({"path": str(made.path), "manifest": dict(made.manifest)})
@@ -133,8 +165,13 @@ def run(
 
 @app.command("eval")
 def evaluate(
-    recipe: Annotated[str, typer.Argument(help="An eval recipe, such as eval/nq-mini.yaml.")],
-    out: Annotated[Path | None, typer.Option(help="The folder of the runs [runs/RECIPE].")] = None,
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE|RUN", help="An eval recipe, such as eval/nq-mini.yaml, or a finished run.")
+    ],
+    questions: Annotated[
+        str | None, typer.Option(help="For a finished run: the question file with its answers.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the folder RECIPE/PIPELINE-VERSION/SET goes [runs].")] = None,
     save: Annotated[
         Path | None, typer.Option(help="Also write the report as markdown and JSON: FILE.md, FILE.json.")
     ] = None,
@@ -143,10 +180,16 @@ def evaluate(
     changes: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Run and score: recall, recall in context, EM, F1, where each answer was lost. Exit 1 if a number is missed."""
-    from odqa import jobs
+    """Answer and score question sets; exit 1 if a number is missed.
+
+    Recall, recall in context, EM, F1, and where each answer was lost. A missing index is built first.
+    """
+    from odqa import jobs, report
 
     places = _places(data, artifacts)
+    if questions is not None:
+        _print(report.render([(recipe, jobs.score(Path(recipe), questions, places=places))]))
+        return
     result = jobs.run_evaluation(recipe, places=places, out=out, changes=changes or (), log=_log)
     _report(result, save, as_json)
 
@@ -160,7 +203,7 @@ def train(
     changes: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Train the learned part of a reader; the backbone stays frozen. Run again after a kill, it continues."""
+    """Train a reader's small part; resumes after a kill."""
     from odqa import jobs
 
     made = jobs.train(recipe, places=_places(data, artifacts), out=out, changes=changes or (), log=_log)
@@ -176,7 +219,7 @@ def explain(
     question_id: Annotated[str | None, typer.Option("--id", help="One question: its whole trace.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show the funnel of a scored run, or one question's whole trace."""
+    """Show a scored run's funnel, or one question's whole trace."""
     from odqa import jobs
 
     _print(jobs.explain(run_folder, question_id, as_json=as_json))
@@ -184,11 +227,11 @@ def explain(
 
 @app.command()
 def diff(
-    first: Annotated[Path, typer.Argument(help="A scored run folder.")],
-    second: Annotated[Path, typer.Argument(help="Another one, on the same questions.")],
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="A scored run folder.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one, on the same questions.")],
     as_json: Json = False,
 ) -> None:
-    """Compare two scored runs on the same questions: paired differences with intervals, and what changed."""
+    """Compare two scored runs: paired intervals, and what changed."""
     from odqa import jobs
 
     _print(jobs.diff(first, second, as_json=as_json))
@@ -196,7 +239,7 @@ def diff(
 
 @app.command()
 def demo(artifacts: Artifacts = None) -> None:
-    """The whole way on what odqa carries: index the embedded dump, ask, evaluate. Offline."""
+    """Index the embedded dump, ask, evaluate. Offline."""
     from odqa import jobs, report
 
     places = _places(None, artifacts)
@@ -208,7 +251,7 @@ def demo(artifacts: Artifacts = None) -> None:
         top = trace.contexts[-1].hits[0].passage.title if trace.contexts[-1].hits else "nothing"
         _print(f"   {question}?  {trace.answer.text}  ({report.confidence(trace.answer)}; best passage: {top})")
     _log("3. the evaluation")
-    result = jobs.run_evaluation("eval/embedded.yaml", places=places, log=_log)
+    result = jobs.run_evaluation("eval/embedded.yaml", places=places, log=lambda line: None)
     _report(result, None, as_json=False)
 
 

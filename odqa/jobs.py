@@ -30,6 +30,7 @@ from odqa.report import Style, changed_table, comparison_table, explain_question
 from odqa.runs import SCORES, Run, find_run, load_run, recording, trace_to_json
 from odqa.runtime import progress
 from odqa.stages import ProvesFrozen
+from odqa.text import Matcher
 from odqa.types import Gold, Query, Trace
 
 if TYPE_CHECKING:
@@ -342,7 +343,8 @@ def run_evaluation(
 ) -> EvaluationResult:
     """Build what is missing, answer every question set, score, compare with the expected numbers.
 
-    Runs lie in `out`/RECIPE-VERSION/PIPELINE/QUESTION_SET with scores.json in each (`out` is ./runs if not given).
+    Runs lie in `out`/RECIPE/PIPELINE-VERSION/QUESTION_SET with scores.json in each (`out` is ./runs if not given); the
+    version is eight digits that stand for the pipeline's settings, its index and its reader.
     """
     places = places or Places.from_environment()
     recipe = _recipe(recipe, "eval", changes)
@@ -354,10 +356,9 @@ def run_evaluation(
     for path in settings.pipelines:
         loaded = load_pipeline(path, places=places, build=True, indexes=index_of, log=log)
         for question_set, source, queries, gold in sets:
-            folder = (
-                (out or Path("runs")) / f"{recipe.name}-{_version(loaded)}" / loaded.recipe.name / question_set.name
-            )
-            log(f"{loaded.recipe.name} on {question_set.name}: {len(queries)} questions")
+            version = f"{loaded.recipe.name}-{_version(loaded)}"
+            folder = (out or Path("runs")) / recipe.name / version / question_set.name
+            log(f"{loaded.recipe.name} on {question_set.name}: {len(queries)} questions, into {folder}")
             finished = run_queries(loaded, queries, folder, source=source, log=log)
             evaluation = score_run(
                 finished, gold, loaded.index, question_set=question_set.name, split=question_set.split,
@@ -374,6 +375,28 @@ def _version(loaded: Loaded) -> str:
     """Eight hex digits for the run folder of a pipeline: its settings, its index, its reader's trained part."""
     index_hash = loaded.index.artifact.hash if loaded.index else None
     return sha256_json([loaded.recipe.hash, index_hash, _reader_identity(loaded)])[:8]
+
+
+def score(
+    folder: Path, questions: str, *, places: Places | None = None, split: str = "", matcher: Matcher = "string"
+) -> Evaluation:
+    """Score a finished run with the answers of a question file, and leave scores.json in its folder.
+
+    Raises DataError if the file is about other questions than the run.
+    """
+    from odqa.corpus.io import read_gold
+    from odqa.retrieve.index import load_index
+
+    places = places or Places.from_environment()
+    finished = load_run(folder)
+    gold = read_gold(places.file(questions))
+    name = finished.manifest["recipe"]["index"]
+    index = load_index(index_folder(name, places)[0]) if name is not None else None
+    if index is not None and index.artifact.hash != finished.manifest["inputs"]["index"]:
+        raise ArtifactMismatch(
+            f"{folder}: answered from another index than {index.path} is now. Run the questions again."
+        )
+    return score_run(finished, gold, index, question_set=Path(questions).stem, split=split, matcher=matcher)
 
 
 def score_run(finished: Run, gold: Sequence[Gold], index: "Index | None", **options: Any) -> Evaluation:

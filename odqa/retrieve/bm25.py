@@ -45,12 +45,12 @@ ENGLISH_STOP_WORDS = tuple(
     " this to was will with".split()
 )
 REFERENCE_LIMIT = 100_000  # passages that rank-bm25 may index: it scores every one of them for every query, in Python
-# Measured: numba saves 16 ns a posting and costs 0.4 s to load, the first time 4 s to compile. A batch that touches fewer
-# postings than this is scored without it: on nq-mini some 5,000 questions, on 21M passages ten.
+# Measured: numba saves 16 ns a posting and costs 0.4 s to load, the first time 4 s to compile. A batch that touches
+# fewer postings than this is scored without it: on nq-mini some 5,000 questions, on 21M passages ten.
 COMPILE_FROM = 50_000_000
 _REMEMBERED_TERMS = 100_000  # query terms whose ids are kept; a server may be asked anything
 _PART_ROWS = 100_000  # passages whose postings are counted at once, about 0.5 GB
-_BAND_POSTINGS = 32_000_000  # postings that are merged at once, about 0.6 GB
+_BAND_POSTINGS = 8_000_000  # postings that are merged at once, about 0.4 GB
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Analyzer:
 
     def tokens(self, text: str) -> list[str]:
         """The first half of `terms`: case and pattern."""
-        return re.findall(self.token_pattern, text.lower() if self.lowercase else text)
+        return _find_all(self.token_pattern)(text.lower() if self.lowercase else text)
 
     def stop_mask(self, tokens: Sequence[str]) -> np.ndarray:
         """The second half on distinct tokens: bool (N,), whether each is a stop word."""
@@ -516,8 +516,8 @@ def _save_for_bm25s(path: Path, terms: Any, settings: Bm25Settings, passages: in
         file.write("{")
         for start in range(0, len(terms), 100_000):
             names = terms.slice(start, 100_000).to_pylist()
-            items = (f"{json.dumps(term, ensure_ascii=False)}: {at}" for at, term in enumerate(names, start))
-            file.write((", " if start else "") + ", ".join(items))
+            ids = dict(zip(names, range(start, start + len(names)), strict=True))
+            file.write((", " if start else "") + json.dumps(ids, ensure_ascii=False)[1:-1])
         file.write("}")
     params = {"k1": settings.k1, "b": settings.b, "delta": 0.5, "method": "lucene", "idf_method": "lucene"}
     params |= {"dtype": "float32", "int_dtype": "int32", "num_docs": passages, "backend": "numpy"}
@@ -543,6 +543,11 @@ def _check_reference(passages: int) -> None:
         )
     if find_spec("rank_bm25") is None:
         raise MissingExtra("engine rank-bm25", "rank-bm25", "reference")
+
+
+@cache
+def _find_all(pattern: str) -> Callable[[str], list[str]]:
+    return re.compile(pattern).findall
 
 
 @cache

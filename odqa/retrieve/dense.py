@@ -37,11 +37,8 @@ PART_ROWS = 8192  # passages a part: a minute or two of work on two cores, which
 BATCH_TOKENS = (2048, 65_536)
 _LENGTH_STEP = 8  # batches are padded to multiples of this, because ever-changing shapes make the CPU allocator grow
 _LONGEST = 512  # tokens, if neither settings nor the folder know a limit
-_FIELDS = {
-    "input_ids": "ids",
-    "attention_mask": "attention_mask",
-    "token_type_ids": "type_ids",
-}  # of tokenizers.Encoding
+# Names of a model's inputs, and of the fields of tokenizers.Encoding that fill them.
+_FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -255,6 +252,8 @@ class _Tower:
         self._batch_tokens = batch_tokens or BATCH_TOKENS[self._device.type == "cuda"]
         self._model = _load_model(folder, choose_dtype(settings.dtype, self._device)).to(self._device)
         self._tokenizer = _load_tokenizer(folder)
+        self._positions = getattr(self._model.config, "max_position_embeddings", None) or _LONGEST
+        _check_length(folder, settings, self._positions)
         self.width = int(getattr(self._model.config, "projection_dim", 0) or self._model.config.hidden_size)
 
     def encode(self, texts: Sequence[str | tuple[str, str]], max_tokens: int | None) -> np.ndarray:
@@ -263,7 +262,7 @@ class _Tower:
 
         backend = self._tokenizer.backend_tokenizer
         backend.no_padding()  # MiniLM's tokenizer.json pads and cuts at 128, its model reads 256
-        backend.enable_truncation(max_tokens or _LONGEST)
+        backend.enable_truncation(max_tokens or self._positions)
         encodings = backend.encode_batch(list(texts))
         vectors = np.empty((len(texts), self.width), np.float32)
 
@@ -271,13 +270,14 @@ class _Tower:
             with torch.inference_mode():  # a setting of the thread
                 vectors[batch] = self._encode_batch([encodings[i] for i in batch])
 
-        batches = list(_batches([len(encoding.ids) for encoding in encodings], self._batch_tokens))
-        if self._device.type != "cpu" or min(len(batches), torch.get_num_threads()) < 2:
-            for batch in batches:
+        lengths = [len(encoding.ids) for encoding in encodings]
+        if self._device.type != "cpu" or torch.get_num_threads() == 1:
+            for batch in _batches(lengths, self._batch_tokens):
                 work(batch)
         else:
+            share = -(-sum(lengths) // torch.get_num_threads())
             with _single_threaded_workers() as pool:
-                list(pool.map(work, batches))
+                list(pool.map(work, _batches(lengths, min(self._batch_tokens, share))))
         return vectors
 
     def _encode_batch(self, encodings: Sequence[Any]) -> np.ndarray:
@@ -285,8 +285,7 @@ class _Tower:
         import torch
 
         longest = max(len(encoding.ids) for encoding in encodings)
-        limit = getattr(self._model.config, "max_position_embeddings", None) or longest
-        shape = (len(encodings), max(min(_round_up(longest, _LENGTH_STEP), limit), longest))
+        shape = (len(encodings), min(_round_up(longest, _LENGTH_STEP), self._positions))
         names = {"attention_mask", *self._tokenizer.model_input_names}
         inputs = {name: np.zeros(shape, np.int64) for name in names}
         inputs["input_ids"] += self._tokenizer.pad_token_id or 0
@@ -300,12 +299,18 @@ class _Tower:
         return np.asarray(vectors.cpu().numpy(), np.float32)
 
 
+def _check_length(folder: Path, settings: EncoderSettings, positions: int) -> None:
+    for side, limit in (("query", settings.query_max_tokens), ("passage", settings.passage_max_tokens)):
+        if limit is not None and limit > positions:
+            raise DataError(f"encoder {folder}: {side}_max_tokens is {limit}, the model reads at most {positions}.")
+
+
 @contextmanager
 def _single_threaded_workers() -> Iterator[ThreadPoolExecutor]:
     """As many threads as torch would use for one operation, each of which runs its own operations alone.
 
-    A thread a batch needs no barriers: the same speed as one operation on all cores where these are idle, and three
-    times that speed where another process wants a core too. And no sum depends on the number of cores.
+    A batch a thread needs no barriers between threads, at which an operation spread over all cores stands still when
+    another process wants one of them: measured three times as fast then, for a single question twenty times.
     """
     import torch
 
@@ -346,16 +351,16 @@ def _round_up(value: int, step: int) -> int:
 
 
 def _load_model(folder: Path, dtype: "torch.dtype") -> Any:
-    from transformers import AutoModel, DPRContextEncoder, DPRQuestionEncoder
+    import transformers
 
     config = _json(folder / "config.json") or {}
-    is_context = "DPRContextEncoder" in (config.get("architectures") or [])
-    dpr = DPRContextEncoder if is_context else DPRQuestionEncoder
     if config.get("is_encoder_decoder"):
-        raise DataError(
-            f"encoder {folder}: {config.get('model_type')} is an encoder-decoder; encoders alone are supported."
-        )
-    loader: Any = dpr if config.get("model_type") == "dpr" else AutoModel
+        raise DataError(f"encoder {folder}: {config.get('model_type')} has a decoder; only encoders are supported.")
+    name = "AutoModel"
+    if config.get("model_type") == "dpr":  # AutoModel takes every DPR folder for a question encoder
+        is_context = "DPRContextEncoder" in (config.get("architectures") or [])
+        name = "DPRContextEncoder" if is_context else "DPRQuestionEncoder"
+    loader: Any = getattr(transformers, name)
     try:
         with quiet_loading():
             return loader.from_pretrained(str(folder), dtype=dtype, local_files_only=True).eval()

@@ -25,6 +25,7 @@ from odqa.retrieve.dense import Encoder, EncoderSettings, fingerprint, save_pass
 from odqa.retrieve.fuse import Normalise, reciprocal_rank_fusion, weighted_fusion
 from odqa.retrieve.rankings import Rankings, Searcher, check_depth
 from odqa.retrieve.vectors import VectorSearcher, VectorSettings, build_vectors, load_vectors
+from odqa.runtime import peak_memory_bytes
 from odqa.types import Hit, Passage, Query
 
 KIND = "index"
@@ -73,6 +74,7 @@ def build_index(
             draft.write_json("dense/encoder.json", {"settings": asdict(dense.resolved), "weights": inputs["encoder"]})
         if recipe is not None:
             draft.extra["settings"] = settings
+        draft.measured["peak_memory_bytes"] = peak_memory_bytes()
     return load_index(path)
 
 

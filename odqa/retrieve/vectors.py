@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,9 @@ from odqa.runtime import progress
 _BLOCK_BYTES = 32 << 20  # scores that are held at once in exact search; the block's vectors are of that order too
 _SLACK = 1e-5  # of a query's largest score: well above the rounding of a float32 sum of a thousand products
 _PAIRS = 8192  # pairs that are scored at once
+_KEPT_BYTES = (
+    256 << 20
+)  # vectors that are kept in memory as float32; turning float16 into it costs more than the search
 _TRAIN_SEED = 20201004  # ours; which vectors a FAISS index is trained on
 
 
@@ -123,19 +127,33 @@ def load_vectors(
 
 
 class ExactVectors:
-    """Every inner product, block by block: the memory needed is that of one block, whatever the collection's size."""
+    """Every inner product, block by block: the memory needed is that of one block, whatever the collection's size.
+
+    A collection of at most 256 MiB in float32 is one block, kept from the first search on.
+    """
 
     source = "dense"
 
     def __init__(self, parts: VectorParts) -> None:
         self.parts = parts
+        self._is_small = 4 * len(parts) * parts.width <= _KEPT_BYTES
+
+    @cached_property
+    def _whole(self) -> np.ndarray:
+        return np.concatenate(self.parts.parts).astype(np.float32)
+
+    def _blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, float32 (n, D) with n <= rows) over the collection."""
+        if not self._is_small:
+            return self.parts.blocks(rows)
+        return ((start, self._whole[start : start + rows]) for start in range(0, len(self._whole), rows))
 
     def search(self, vectors: np.ndarray, k: int) -> Rankings:
         """At most k rows a vector of (Q, D). Raises ValueError for k < 1, DataError for a wrong width or NaN."""
         vectors = _checked(vectors, self.parts.width)
         best = no_hits(len(vectors), min(k, len(self.parts)) if k >= 1 else k, self.source)
         block_rows = max(best.depth, 1024, _BLOCK_BYTES // (4 * max(len(vectors), 1)))
-        for first, block in self.parts.blocks(min(block_rows, 65_536)):
+        for first, block in self._blocks(min(block_rows, 65_536)):
             _merge(best, first, block, vectors)
         return best
 

@@ -108,7 +108,7 @@ def test_every_command_runs_in_the_order_of_the_readme(shell: Shell) -> None:
     # The run folder holds the files of the README's table, and the report is where --save puts it.
     table = README.partition("| file | holds |")[2].partition("\n\n")[0]
     promised = sorted(re.findall(r"^\| `([\w.]+)`", table, flags=re.MULTILINE))
-    (run,) = shell.folder.glob("runs/nq-mini-*/nq-mini/nq")
+    (run,) = shell.folder.glob("runs/nq-mini/nq-mini-*/nq")
     assert sorted(file.name for file in run.iterdir()) == promised
     assert (shell.folder / "results/nq-mini.md").is_file()
     assert (shell.folder / "results/nq-mini.json").is_file()

@@ -41,7 +41,7 @@ def test_every_command_explains_itself_in_a_sentence(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("fly",), ("check",), ("check", "--fly", "x"), ("ask", "pipelines/embedded.yaml")]
+    "arguments", [("fly",), ("check",), ("check", "--fly", "x"), ("run", "pipelines/embedded.yaml")]
 )
 def test_a_command_line_that_means_nothing_exits_with_2(arguments: tuple[str, ...]) -> None:
     outcome = odqa(*arguments)

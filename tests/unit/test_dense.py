@@ -207,6 +207,11 @@ def test_a_dense_layer_among_the_modules_is_refused(sentence_transformer: Path, 
         _ = float32(folder).resolved
 
 
+def test_more_tokens_than_the_model_reads_are_a_data_error(bert: Path) -> None:
+    with pytest.raises(DataError, match="passage_max_tokens is 500, the model reads at most 128"):
+        float32(bert, passage_max_tokens=500).encode_passages(PASSAGES[:1])
+
+
 def test_too_few_tokens_are_a_data_error() -> None:
     with pytest.raises(DataError, match="query_max_tokens is 2"):
         EncoderSettings("x", query_max_tokens=2)

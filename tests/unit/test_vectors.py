@@ -54,9 +54,13 @@ def test_finds_the_largest_inner_products(tmp_path: Path, settings: VectorSettin
     assert found.scores == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 28])
 @pytest.mark.parametrize("block_bytes", [1, 4096, 1 << 25])
-def test_blocks_do_not_change_the_ranking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
+def test_blocks_do_not_change_the_ranking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, kept_bytes: int
+) -> None:
     monkeypatch.setattr(module, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(module, "_KEPT_BYTES", kept_bytes)
     vectors, queries = unit_vectors(5000), unit_vectors(7, seed=1)
     found = build(tmp_path, vectors, VectorSettings()).search(queries, 50)
     assert found.rows.tolist() == [brute_force(vectors, query, 50) for query in queries]
@@ -72,6 +76,19 @@ def test_equal_scores_are_in_row_order_across_blocks_and_at_the_cut(
     query = np.eye(1, WIDTH, dtype=np.float32)
     found = build(tmp_path, vectors, VectorSettings()).search(query, 1600)
     assert found.rows[0].tolist() == [*range(3, 6000, 4), *range(2, 400, 4)]
+
+
+def test_equal_vectors_tie_and_a_query_does_not_depend_on_its_batch(tmp_path: Path) -> None:
+    vectors, queries = unit_vectors(100).repeat(3, axis=0), unit_vectors(9, seed=1)
+    searcher = build(tmp_path, vectors, VectorSettings())
+    together = searcher.search(queries, 30)
+    # Each vector stands three times in a row: three neighbours with one score, in row order.
+    assert (together.rows.reshape(9, 10, 3) % 3 == [0, 1, 2]).all()
+    assert (together.scores.reshape(9, 10, 3) == together.scores.reshape(9, 10, 3)[:, :, :1]).all()
+    for number in range(9):
+        alone = searcher.search(queries[number : number + 1], 30)
+        assert (alone.rows[0] == together.rows[number]).all()
+        assert (alone.scores[0] == together.scores[number]).all()
 
 
 def test_fewer_passages_than_k_give_fewer_hits(tmp_path: Path, settings: VectorSettings) -> None:
@@ -179,8 +196,9 @@ def test_memory_holds_one_block_of_vectors(tmp_path: Path, monkeypatch: pytest.M
             seen.append(len(block))
             yield first, block
 
-    searcher = build(tmp_path, unit_vectors(6000), VectorSettings())
+    monkeypatch.setattr(module, "_KEPT_BYTES", 6000 * WIDTH * 4 - 1)
     monkeypatch.setattr(module, "_BLOCK_BYTES", 1)
+    searcher = build(tmp_path, unit_vectors(6000), VectorSettings())
     monkeypatch.setattr(VectorParts, "blocks", watched)
     searcher.search(unit_vectors(3), 5)
     assert max(seen) <= 1024 and sum(seen) == 6000
