@@ -144,6 +144,7 @@ class SpanReaderSettings(Settings):
     backbone: str | None = Field(None, description="another place of the same frozen weights")
     candidates: int = Field(5, ge=1)
     combine: Literal["sum", "max"] = "sum"
+    rank_prior: float = Field(0.0, ge=0, description="a span of the passage of rank r weighs r ** -rank_prior")
     abstain_above: float = Field(1.0, ge=0, le=1, description="answer nothing when P(no answer) exceeds this")
     device: str = "auto"
     dtype: str = "auto"

@@ -336,9 +336,8 @@ def build_reader(settings: config.SpanReaderSettings | config.LmReaderSettings) 
         model = load_span_reader(
             Places().file(settings.model), backbone=settings.backbone, device=settings.device, dtype=settings.dtype
         )
-        return SpanReader(
-            model, candidates=settings.candidates, combine=settings.combine, abstain_above=settings.abstain_above
-        )
+        loading = {"kind", "model", "backbone", "device", "dtype"}
+        return SpanReader(model, **settings.model_dump(exclude=loading))
     from odqa.frozen.backbone import load_backbone
     from odqa.read.lm import LmReader, load_lm
     from odqa.read.prompts import Demonstration, find_template

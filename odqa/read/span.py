@@ -6,6 +6,7 @@ Distribution and loss: `odqa.frozen.spans`.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -124,7 +125,9 @@ class SpanReader:
     """The reader stage. `abstain_above`: answer nothing when P(no answer) exceeds it (1.0: always answer).
 
     `candidates` spans are kept a question; equal texts (after SQuAD normalisation) are one candidate, with their
-    probabilities added if `combine` is "sum". `batch_tokens` bounds rows x width of a forward pass.
+    probabilities added if `combine` is "sum". `rank_prior` w multiplies the probability of every span of the passage of
+    rank r by r ** -w before normalising (our choice; 0: passages count alike). `batch_tokens` bounds rows x width of a
+    forward pass.
     """
 
     def __init__(
@@ -133,11 +136,13 @@ class SpanReader:
         *,
         candidates: int = 5,
         combine: str = "sum",
+        rank_prior: float = 0.0,
         abstain_above: float = 1.0,
         batch_tokens: int = 8192,
     ) -> None:
         self.model = model
-        self.candidates, self.combine, self.abstain_above = candidates, combine, abstain_above
+        self.candidates, self.combine = candidates, combine
+        self.rank_prior, self.abstain_above = rank_prior, abstain_above
         self.batch_tokens = batch_tokens
 
     @property
@@ -167,12 +172,13 @@ class SpanReader:
         pairs = [(c.query.text, hit.passage.title, hit.passage.text) for c in contexts for hit in c.hits]
         owner = [index for index, context in enumerate(contexts) for _ in context.hits]
         passages = [hit.passage for context in contexts for hit in context.hits]
+        priors = torch.tensor([prior for context in contexts for prior in self._priors(context)])
         normalisers = torch.full((len(pairs),), float("-inf"))
         no_answer = torch.full((len(pairs),), float("-inf"))
         best: list[list[tuple[float, int, int, int]]] = [[] for _ in contexts]  # score, row, first, last token
         for chunk in self._batches([rows.length(*pair) for pair in pairs]):
             batch = rows.batch([pairs[r] for r in chunk], range(len(chunk))).to(self.backbone.device)
-            spans = self.model.spans(batch).float().cpu()
+            spans = self.model.spans(batch).float().cpu() + priors[chunk, None, None]
             normalisers[chunk] = log_normaliser(spans, torch.arange(len(chunk)), len(chunk))
             no_answer[chunk] = spans[:, 0, 0]
             spans[:, 0, 0] = float("-inf")
@@ -199,6 +205,12 @@ class SpanReader:
                 found.append(Candidate(text[start:end], score - log_all, passages[r].id, start, end))
             answers.append(self._answer(context.query.id, found, log_none))
         return answers
+
+    def _priors(self, context: PackedContext) -> list[float]:
+        """What each passage's spans are given beforehand, in nats: less for a passage that was ranked lower."""
+        by_score = sorted(range(len(context.hits)), key=lambda place: -context.hits[place].score)
+        rank = {place: rank for rank, place in enumerate(by_score, 1)}
+        return [-self.rank_prior * math.log(rank[place]) for place in range(len(context.hits))]
 
     def _answer(self, query_id: str, spans: list[Candidate], log_none: float) -> Answer:
         """Join equal texts, put "no answer" among the candidates, and decide."""

@@ -86,6 +86,24 @@ def test_abstains_when_no_answer_is_likely_enough(model: SpanModel) -> None:
     assert all(answer.text == "" and answer.candidates[0].text == "" for answer in refused)
 
 
+def test_a_rank_prior_weighs_spans_by_the_rank_of_their_passage(model: SpanModel) -> None:
+    """P(span) with the prior is P(span) / rank ** w, normalised again: checked on the masses of the two passages."""
+    context = GreedyPacker(SpanReader(model), 100).pack(QUERIES[:1], HITS[:1])[0]
+    assert len(context.hits) >= 2
+    masses = []
+    for prior in (0.0, 2.0):
+        answer = SpanReader(model, candidates=5000, combine="max", rank_prior=prior).read([context])[0]
+        mass = dict.fromkeys((hit.passage.id for hit in context.hits), 0.0)
+        for candidate in answer.candidates:
+            if candidate.passage_id is not None:
+                mass[candidate.passage_id] += torch.tensor(candidate.logprob).exp().item()
+        masses.append(mass)
+    plain, weighted = masses
+    first, second = context.hits[0].passage.id, context.hits[1].passage.id
+    # "max" keeps one span of equal texts, so masses are a little short; the prior pulls them apart by about 2 ** 2.
+    assert weighted[first] / weighted[second] == pytest.approx(4 * plain[first] / plain[second], rel=0.3)
+
+
 def test_nothing_packed_means_no_answer(model: SpanModel) -> None:
     assert SpanReader(model).read([PackedContext(QUERIES[0], "", (), 0, 100)])[0].text == ""
 
