@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 Log = Callable[[str], None]
 
 DEMO_QUESTIONS = (
-    "in which town does the danube start",
-    "name of the secretary thrown out of a window in prague in 1618",
-    "which scandinavian monarch died in combat on a misty saxon battlefield",
+    "who tutored elizabeth i in latin",
+    "rich man who died after drinking radium water",
+    "what illness wiped out the french troops sent to the caribbean to bring back slavery",
 )
 
 

@@ -103,8 +103,8 @@ def test_every_command_runs_in_the_order_of_the_readme(shell: Shell) -> None:
     asked = {line: text for line, text in outputs.items() if line.startswith("odqa ask") and "--json" not in line}
     assert len(asked) >= 4 and all(text.strip() and text.count("\n") == 1 for text in asked.values())
     plain = [text for line, text in asked.items() if "--set retriever" not in line]
-    assert set(plain) == {"Donaueschingen\n"}
-    assert [json.loads(text)["text"] for line, text in outputs.items() if "--json" in line] == ["Donaueschingen"]
+    assert set(plain) == {"Roger Ascham\n"}
+    assert [json.loads(text)["text"] for line, text in outputs.items() if "--json" in line] == ["Roger Ascham"]
     # The run folder holds the files of the README's table, and the report is where --save puts it.
     table = README.partition("| file | holds |")[2].partition("\n\n")[0]
     promised = sorted(re.findall(r"^\| `([\w.]+)`", table, flags=re.MULTILINE))
@@ -124,7 +124,7 @@ def test_the_python_example_runs_and_has_at_most_ten_lines(shell: Shell) -> None
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "Donaueschingen" in done.stdout and "Danube" in done.stdout
+    assert "Roger Ascham" in done.stdout and "Danube" in done.stdout
     assert "recall_in_context" in done.stdout
 
 
