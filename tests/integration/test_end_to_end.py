@@ -92,7 +92,7 @@ def scored(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """The evaluation of the small world: folder of the run by the name of its pipeline."""
     out = tmp_path_factory.mktemp("runs")
     ok("eval", world.eval, "--artifacts", world.artifacts, "--out", out, "--save", out / "report")
-    return {path.parent.parent.name: path.parent for path in out.rglob("scores.json")}
+    return {path.parent.parent.name.rpartition("-")[0]: path.parent for path in out.rglob("scores.json")}
 
 
 @pytest.mark.parametrize("name", PIPELINES)

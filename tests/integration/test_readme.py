@@ -124,7 +124,7 @@ def test_the_python_example_runs_and_has_at_most_ten_lines(shell: Shell) -> None
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "Roger Ascham" in done.stdout and "Danube" in done.stdout
+    assert "Roger Ascham" in done.stdout and "Elizabeth I" in done.stdout
     assert "recall_in_context" in done.stdout
 
 
