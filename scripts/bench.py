@@ -1,10 +1,14 @@
 """Speed against peers, side by side in one run: prints a line per system and writes eval/results/bench-*.json.
 
     python scripts/bench.py dump DUMP... --wikiextractor PYTHON
+    python scripts/bench.py latency PIPELINE QUESTIONS [--index INDEX_FOLDER]
 
 `dump` measures CPU seconds (user and system, children included) of dump -> clean text on disk, one process each. PYTHON
 is the interpreter of an environment of its own that holds the peer: `pip install wikiextractor==3.1.0`, which runs
 unpatched on Python 3.11 (3.0.6 does not: its regexes have inline flags that are not at their start).
+
+`latency` measures wall seconds from the shell to the answer with a built index, of `odqa --help`, and milliseconds a
+question in one process; with --index also what the index's manifest says of its building.
 """
 
 import hashlib
@@ -16,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,11 +31,6 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 
 _ROOT = Path(__file__).resolve().parent.parent
 _RESULTS = _ROOT / "eval" / "results"
-
-
-@app.callback()
-def _speed_against_peers() -> None:
-    """Keep `dump` a subcommand while it is the only one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +121,62 @@ def dump(
 
 
 # ---------------------------------------------------------------- shared by all subcommands
+
+
+@app.command()
+def latency(
+    pipeline: Annotated[str, typer.Argument(help="A pipeline recipe whose index is built.")],
+    questions: Annotated[Path, typer.Argument(help="A question file; the first 60 questions are asked.")],
+    index: Annotated[Path | None, typer.Option(help="An index folder, to report how long it took to build.")] = None,
+    repeats: int = 5,
+    out: Path = _RESULTS / "bench-latency.json",
+) -> None:
+    """How long a person waits: from the shell to the answer, and a question in one process."""
+    from odqa import jobs
+    from odqa.artifacts import load_artifact
+    from odqa.corpus.io import read_questions
+
+    asked = read_questions(questions)[:60]
+    odqa = [sys.executable, "-m", "odqa.cli"]
+    result: dict[str, object] = {
+        "pipeline": pipeline,
+        "questions": {"name": questions.name, "sha256": _sha256(questions), "n": len(asked)},
+        "processor": _processor(),
+        "shell_to_answer_seconds": _wall([*odqa, "ask", pipeline, asked[0].text, "--quiet"], repeats),
+        "help_seconds": _wall([*odqa, "--help"], repeats),
+    }
+    loaded = jobs.load_pipeline(pipeline)
+    loaded.ask(asked[0].text)
+    milliseconds = []
+    for query in asked:
+        started = time.perf_counter()
+        loaded.ask(query.text)
+        milliseconds.append(1000 * (time.perf_counter() - started))
+    milliseconds.sort()
+    result["question_milliseconds"] = {
+        "median": round(statistics.median(milliseconds), 1),
+        "p95": round(milliseconds[int(0.95 * len(milliseconds))], 1),
+    }
+    if index is not None:
+        artifact = load_artifact(index, "index")
+        result["index"] = {"counts": artifact.manifest["counts"], "measured": artifact.manifest["measured"]}
+    save_result(out, result)
+    print(json.dumps(result, indent=1))
+
+
+def _wall(command: list[str], repeats: int) -> dict[str, float]:
+    """Wall seconds of a command after one warm-up: median, minimum and maximum."""
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        seconds.append(time.perf_counter() - started)
+    counted = seconds[1:]
+    return {
+        "median": round(statistics.median(counted), 2),
+        "min": round(min(counted), 2),
+        "max": round(max(counted), 2),
+    }
 
 
 def cpu_seconds(command: list[str]) -> float:

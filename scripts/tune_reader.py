@@ -55,7 +55,9 @@ def main() -> None:
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.with_name(arguments.out.name + ".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    arguments.out.with_name(arguments.out.name + ".json").write_text(
+        json.dumps(rows, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

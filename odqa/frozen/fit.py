@@ -179,4 +179,4 @@ def _load_checkpoint(
                     "exp_avg": file.get_tensor(f"exp_avg.{name}").to(parameter.device),
                     "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{name}").to(parameter.device),
                 }
-    return state["step"], state["seconds"], state["curve"], state.get("losses", [])
+    return state["step"], state["seconds"], state["curve"], state["losses"]
