@@ -49,7 +49,7 @@ class Dropped:
     """A hit that was not packed, and why."""
 
     passage_id: str
-    reason: Literal["does not fit", "duplicate", "over the limit"]
+    reason: Literal["does not fit", "duplicate", "near duplicate", "over the limit"]
     tokens: int
 
 
@@ -71,9 +71,10 @@ class TokenCosts:
 class PackedContext:
     """What the reader really sees for one query.
 
-    `hits` are the packed passages in reading order. `tokens` counts every token given to the reader over all its
-    forward passes (question, separators and titles included); never more than `budget`. `text` is the context as a
-    generative reader's prompt shows it; a reader that sees passages apart uses `hits`.
+    `hits` are the packed passages in reading order; one that was trimmed holds the kept text. `ranks` are their places
+    from 1 among the packed ones, by rank (empty: reading order is rank). `tokens` counts every token given to the
+    reader over all its forward passes (question, separators and titles included); never more than `budget`. `text` is
+    the context as a generative reader's prompt shows it; a reader that sees passages apart uses `hits`.
     """
 
     query: Query
@@ -82,6 +83,7 @@ class PackedContext:
     tokens: int
     budget: int
     dropped: tuple[Dropped, ...] = ()
+    ranks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,22 +111,28 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A reader's answer to one query; an empty `text` means that it abstained. `score` is a log-probability in nats."""
+    """A reader's answer to one query; an empty `text` means that it abstained. `score` is a log-probability in nats.
+
+    `confidence` is the calibrated probability (0 to 1) that the text is right, or, if the reader abstained, that its
+    best candidate with a text would have been; None: the reader is not calibrated.
+    """
 
     query_id: str
     text: str
     score: float
     candidates: tuple[Candidate, ...] = ()
     passes: int = 1
+    confidence: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """What one stage did for one query in one pass.
 
-    `seconds` is this query's share of a batch of `batch` queries. `ids`, `scores` and `tokens` go together, best first:
-    passages for retrieve, rerank and pack (tokens only for pack), nothing for read. `notes` holds what a stage wants
-    explained, such as why passages were dropped.
+    `seconds` is this query's share of a batch of `batch` queries; NaN if the stage did not run here, because its result
+    was taken from another run. `ids`, `scores` and `tokens` go together, best first: passages for retrieve, rerank and
+    pack (tokens only for pack), nothing for read. `notes` holds what a stage wants explained, such as why passages were
+    dropped. `sources` go with the ids of retrieve and rerank: which stage gave each score.
     """
 
     stage: str
@@ -135,6 +143,7 @@ class Step:
     scores: tuple[float, ...] = ()
     tokens: tuple[int, ...] = ()
     notes: Mapping[str, object] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

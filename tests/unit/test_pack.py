@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,9 @@ from hypothesis import strategies as st
 
 from odqa.errors import DataError
 from odqa.pack import PRICED_AT_ONCE, GreedyPacker, show_passages
+from odqa.pack.duplicates import resemblance
+from odqa.pack.trim import GAP, SentenceTrimmer, term_weights
+from odqa.sentences import split_sentences
 from odqa.types import Answer, Dropped, Hit, PackedContext, Passage, Query, TokenCosts
 from tests.unit.conformance_read import PackerConformance, ranked
 
@@ -24,7 +28,7 @@ class WordReader:
         self.priced: list[str] = []
 
     def costs(self, query: Query, hits: Sequence[Hit]) -> TokenCosts:
-        self.priced += [hit.passage.id for hit in hits]
+        self.priced += [hit.passage.id for hit in hits if hit.passage.id]  # the empty passage has no name
         fixed = len(query.text.split())
         prices = [1 + len(hit.passage.title.split()) + len(hit.passage.text.split()) for hit in hits]
         limit = self.limit
@@ -45,6 +49,12 @@ class TestReversedPackerConforms(PackerConformance):
     @pytest.fixture
     def make(self) -> Callable[[int], GreedyPacker]:
         return lambda budget: GreedyPacker(WordReader(), budget, 2, "reverse")
+
+
+class TestTrimmingPackerConforms(PackerConformance):
+    @pytest.fixture
+    def make(self) -> Callable[[int], GreedyPacker]:
+        return lambda budget: GreedyPacker(WordReader(), budget, duplicates="near", trim=SentenceTrimmer(2))
 
 
 def passage(name: str, words: int) -> Passage:
@@ -160,7 +170,138 @@ def test_show_passages_of_nothing_is_empty() -> None:
     assert show_passages(()) == ""
 
 
-@pytest.mark.parametrize("settings", [{"budget": 0}, {"max_passages": 0}, {"order": "random"}])
+# --- orders -----------------------------------------------------------------------------------------------------------
+
+
+def test_sides_put_the_best_passages_at_both_ends() -> None:
+    context = pack(100, *(passage(name, 2) for name in "abcde"), order="sides")
+    assert kept(context) == "acedb"
+
+
+# --- near duplicates --------------------------------------------------------------------------------------------------
+
+TOWER = "the tower was built by william in the year of the conquest"
+
+
+def test_resemblance_is_the_share_of_common_shingles() -> None:
+    # "a b c d" has the shingles abc, bcd; "b c d e" has bcd, cde: one of three is common.
+    assert resemblance("a b c d", "B, c d: e!") == pytest.approx(1 / 3)
+    assert resemblance("a b", "a b") == 1
+    assert resemblance("a b", "b a") == 0
+    assert resemblance("", "?") == 1
+
+
+def test_a_near_duplicate_of_a_packed_passage_is_left_out_unless_told_otherwise() -> None:
+    copies = [Passage("a", TOWER), passage("b", 3), Passage("c", TOWER + " of england")]
+    assert kept(pack(100, *copies)) == "abc"
+    context = pack(100, *copies, duplicates="near")
+    assert kept(context) == "ab"
+    assert context.dropped == (Dropped("c", "near duplicate", 0),)
+
+
+def test_what_counts_as_near_is_a_setting() -> None:
+    # 10 shingles of 12 words; 12 shingles of 14 words; 10 of 12 are common.
+    copies = [Passage("a", TOWER), Passage("c", TOWER + " of england")]
+    assert kept(pack(100, *copies, duplicates="near", resemblance=10 / 12)) == "a"
+    assert kept(pack(100, *copies, duplicates="near", resemblance=0.84)) == "ac"
+
+
+def test_a_passage_like_one_that_did_not_fit_is_packed() -> None:
+    # Room for 12 beside the question of 3: the long one costs 15, its near duplicate 12.
+    context = pack(15, Passage("a", TOWER + " of england"), Passage("b", TOWER.removeprefix("the ")), duplicates="near")
+    assert kept(context) == "b"
+
+
+# --- trimming ---------------------------------------------------------------------------------------------------------
+
+ROME = Passage("rome", "Rome is old. The bridge was built by Fabricius. It has two arches. People who love it visit.")
+
+
+def test_term_weights_are_inverse_document_frequencies_among_the_hits() -> None:
+    weights = term_weights(Query("q", "Who built it?"), ranked(Passage("a", "It rains."), Passage("b", "It snows.")))
+    # "it" is in 2 of 2: ln(1 + 0.5 / 2.5); the others in none: ln(1 + 2.5 / 0.5).
+    assert weights == pytest.approx({"it": 0.18232, "built": 1.79176, "who": 1.79176}, abs=1e-5)
+
+
+def forms(*passages: Passage, rank: int = 0, **settings: int | None) -> list[str]:
+    hits = ranked(*passages)
+    trimmer = SentenceTrimmer(**settings)  # type: ignore[arg-type]
+    return [hit.passage.text for hit in trimmer.forms(hits[rank], rank, term_weights(QUESTION, hits))]
+
+
+def test_offers_the_whole_passage_then_ever_fewer_of_its_best_sentences() -> None:
+    # Of "who built it": sentence 4 has who and it, 2 has built, 3 has it, 1 nothing. With one hit that has all three
+    # terms, all weigh the same.
+    assert forms(ROME, sentences=3) == [
+        ROME.text,
+        "The bridge was built by Fabricius. It has two arches. People who love it visit.",
+        "The bridge was built by Fabricius. … People who love it visit.",
+        "People who love it visit.",
+    ]
+
+
+def test_keeps_neighbours_and_marks_gaps_only_between_sentences() -> None:
+    assert forms(ROME, sentences=1, around=1) == [ROME.text, "It has two arches. People who love it visit."]
+    assert forms(ROME, sentences=4) == forms(ROME, sentences=3)
+
+
+def test_only_the_first_hits_are_offered_whole() -> None:
+    other = Passage("other", "Who built it? Nobody knows.")
+    assert forms(ROME, other, rank=1, sentences=1, whole=1) == ["Who built it?"]
+    assert forms(ROME, other, rank=0, sentences=1, whole=1)[0] == ROME.text
+
+
+def test_a_passage_without_the_questions_terms_keeps_its_beginning() -> None:
+    assert forms(Passage("a", "One. Two. Three."), sentences=2) == ["One. Two. Three.", "One. Two.", "One."]
+
+
+@pytest.mark.parametrize("text", ["", "no full stop", "Only one."])
+def test_what_cannot_be_trimmed_is_offered_once(text: str) -> None:
+    assert forms(Passage("a", text)) == [text]
+
+
+def test_a_passage_that_does_not_fit_whole_is_packed_with_its_best_sentences() -> None:
+    # Question 3, whole 1 + 18; the best two sentences with the mark between them 1 + 12, the best one 1 + 5.
+    whole, two, one = (pack(budget, ROME, trim=SentenceTrimmer(2)) for budget in (22, 16, 15))
+    assert whole.hits[0].passage is ROME
+    assert two.hits[0].passage == Passage("rome", "The bridge was built by Fabricius. … People who love it visit.")
+    assert two.tokens == 3 + 13 == two.budget
+    assert one.hits[0].passage.text == "People who love it visit."
+    assert pack(8, ROME, trim=SentenceTrimmer(2)).dropped[0].passage_id == "rome"
+
+
+def test_no_answer_is_found_across_a_gap() -> None:
+    from odqa.text import has_answer
+
+    text = f"He met Marie{GAP}Curie was there."
+    assert has_answer(text, ["Curie was"]) and not has_answer(text, ["Marie Curie"])
+
+
+def test_trimming_prices_a_few_passages_of_a_hundred() -> None:
+    # Whole 1 + 20, trimmed 1 + 10: four whole and one trimmed fit beside the question in 3 + 4 * 21 + 11.
+    reader = WordReader()
+    names = [f"p{number:03}" for number in range(100)]
+    found = [Passage(name, " ".join(["Built"] + [name] * 8 + ["it."] + ["Then"] + [name] * 9)) for name in names]
+    context = pack(98, *found, reader=reader, trim=SentenceTrimmer(1))
+    assert [hit.passage.id for hit in context.hits] == names[:5]
+    assert context.tokens == 98
+    assert context.hits[4].passage.text.startswith("Built p004") and "Then" not in context.hits[4].passage.text
+    assert len(reader.priced) <= 2 * PRICED_AT_ONCE
+
+
+@pytest.mark.parametrize("settings", [{"sentences": 0}, {"around": -1}, {"whole": -1}])
+def test_a_trimmer_refuses_settings_out_of_range(settings: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        SentenceTrimmer(**settings)  # type: ignore[arg-type]
+
+
+# --- whatever comes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"budget": 0}, {"max_passages": 0}, {"order": "random"}, {"duplicates": "no"}, {"resemblance": 0.0}],
+)
 def test_refuses_settings_out_of_range(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         GreedyPacker(WordReader(), **{"budget": 10, **settings})  # type: ignore[arg-type]
@@ -197,6 +338,41 @@ def test_whatever_the_hits_the_context_is_within_budget_complete_and_in_order(
     assert ranks == sorted(ranks, reverse=True)
     texts = [" ".join(hit.passage.text.casefold().split()) for hit in context.hits]
     assert len(set(texts)) == len(texts)
+
+
+sentences = st.sampled_from(["It rains.", "Who built it?", "The river is long.", "x.", "Built by x."])
+prose = st.lists(
+    st.builds(
+        Passage,
+        st.text("abcdefgh", min_size=1, max_size=2),
+        st.lists(sentences, max_size=6).map(" ".join),
+        st.sampled_from(["", "two words"]),
+    ),
+    max_size=30,
+)
+trimmers = st.builds(SentenceTrimmer, st.integers(1, 4), around=st.integers(0, 2), whole=st.none() | st.integers(0, 5))
+
+
+@given(prose, st.integers(3, 60), trimmers, st.sampled_from(["exact", "near"]), st.none() | st.integers(1, 4))
+def test_whatever_is_trimmed_the_context_is_within_budget_complete_and_made_of_whole_sentences(
+    found: list[Passage], budget: int, trim: SentenceTrimmer, duplicates: Literal["exact", "near"], most: int | None
+) -> None:
+    reader = WordReader()
+    packer = GreedyPacker(reader, budget, most, "sides", duplicates=duplicates, trim=trim)
+    hits = ranked(*found)
+    (context,) = packer.pack([QUESTION], [hits])
+    assert packer.pack([QUESTION], [hits]) == [context]
+    # What is packed is what the reader sees, to the token.
+    prices = reader.costs(QUESTION, context.hits)
+    assert context.tokens == prices.fixed + sum(price or 0 for price in prices.passages) <= budget
+    names = [hit.passage.id for hit in context.hits] + [drop.passage_id for drop in context.dropped]
+    assert sorted(names) == sorted(passage.id for passage in found)
+    # The score says which hit it was; kept text is sentences of that passage in their order, or all of it.
+    for hit in context.hits:
+        origin = found[round(-hit.score)]
+        assert (hit.passage.id, hit.passage.title) == (origin.id, origin.title)
+        remaining = iter(split_sentences(origin.text))
+        assert all(sentence in remaining for part in hit.passage.text.split(GAP) for sentence in split_sentences(part))
 
 
 def test_importing_the_packer_loads_neither_torch_nor_transformers() -> None:

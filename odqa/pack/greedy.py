@@ -1,0 +1,244 @@
+"""The packer: the best passages first, as long as they fit a budget of tokens.
+
+The frozen reader's window is the scarce thing, so it is filled greedily from the best passage down (the packing of the
+frozen reader of arXiv 2204.10019). This module knows no tokenizer: it budgets with the prices that the reader charges
+(`Reader.costs`) and with nothing else.
+
+The invariant: what is packed is what the reader sees, to the token. A passage goes in whole, or trimmed to whole
+sentences (`odqa.pack.trim`); the packed hit then holds the kept text. Nothing is cut afterwards, and every passage that
+is left out is recorded with the reason.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal, Protocol, TypeVar, get_args, runtime_checkable
+
+from odqa.errors import DataError
+from odqa.pack.duplicates import NearDuplicates, mark_duplicates
+from odqa.pack.trim import SentenceTrimmer, term_weights
+from odqa.stages import Reader
+from odqa.types import Dropped, Hit, PackedContext, Passage, Query
+
+PRICED_AT_ONCE = 8  # our choice: about twice what fits a window of 1,024 tokens; larger asks for prices nobody needs
+Order = Literal["score", "reverse", "sides"]
+Duplicates = Literal["exact", "near"]
+
+_EMPTY = Hit(Passage("", ""), 0.0, "pack")  # its price is what any passage costs beside its words
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class ShowsContext(Protocol):
+    """A reader that can show packed passages as its prompt words them."""
+
+    def show(self, hits: Sequence[Hit]) -> str:
+        """The passages in reading order as one text, without the question."""
+        ...
+
+
+class GreedyPacker:
+    """Takes passages in rank order while they fit; skips one that does not fit and goes on with the next.
+
+    `budget` bounds all tokens given to the reader for one query, question and separators included; the reader's own
+    limit holds as well. `max_passages` bounds the number of passages.
+
+    `order` is the reading order: "score" puts the best first; "reverse" puts it last, next to the question in most
+    prompts; "sides" puts the best first, the second best last and so on inwards, because long-context models lose what
+    stands in the middle (Liu et al. 2023, arXiv 2307.03172). A reader that sees passages apart does not care.
+
+    Two hits are duplicates if they have the same id or the same text but for case and blanks (titles do not count).
+    The better ranked one stays, also when it then does not fit. With `duplicates` "near", a hit whose text resembles
+    that of a packed one by `resemblance` or more is left out too (`odqa.pack.duplicates`; the whole texts are compared,
+    trimmed or not).
+
+    With `trim`, a passage that does not fit whole is offered again with its best sentences only, then with fewer.
+
+    Pricing is lazy, because tokenising 100 passages of which 4 fit is most of the work of packing. Prices are asked for
+    at most `PRICED_AT_ONCE` passages at a time, and only for what may fit: a passage whose characters, at the fewest
+    tokens a character that any passage of this query has cost so far, exceed the room left is dropped unseen.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        budget: int,
+        max_passages: int | None = None,
+        order: Order = "score",
+        *,
+        duplicates: Duplicates = "exact",
+        resemblance: float = 0.5,
+        trim: SentenceTrimmer | None = None,
+    ) -> None:
+        if budget < 1:
+            raise ValueError(f"budget is {budget}; it must be at least one token")
+        if max_passages is not None and max_passages < 1:
+            raise ValueError(f"max_passages is {max_passages}; it must be at least 1 (None: no bound)")
+        if order not in get_args(Order):
+            raise ValueError(f"order is {order!r}; it must be one of {', '.join(get_args(Order))}")
+        if duplicates not in get_args(Duplicates):
+            raise ValueError(f"duplicates is {duplicates!r}; it must be one of {', '.join(get_args(Duplicates))}")
+        if not 0 < resemblance <= 1:
+            raise ValueError(f"resemblance is {resemblance}; it must be above 0 and at most 1")
+        self.reader, self.budget, self.max_passages, self.order = reader, budget, max_passages, order
+        self.duplicates, self.resemblance, self.trim = duplicates, resemblance, trim
+
+    def pack(self, queries: Sequence[Query], hits: Sequence[Sequence[Hit]]) -> list[PackedContext]:
+        """One context a query; kept and dropped hits together are the hits that came in.
+
+        `Dropped.reason` is "duplicate" (of a better ranked hit), "near duplicate" (of a packed one), "does not fit"
+        (`tokens` is the price of the shortest form that was priced, or 0 if the reader can never read it), or "over the
+        limit" (not looked at, because `max_passages` was reached or because it is too long for the room left).
+        `tokens` is 0 where nothing was priced. No hits: a context of the question alone.
+        Raises DataError if the question alone is over the budget or over the reader's window.
+        """
+        return [self._pack_one(query, list(found)) for query, found in zip(queries, hits, strict=True)]
+
+    def _pack_one(self, query: Query, hits: list[Hit]) -> PackedContext:
+        # 1. Duplicates leave before any token is counted. `fate` says what became of each hit: packed, or dropped.
+        fate: dict[int, Hit | Dropped] = {}
+        for rank, is_duplicate in enumerate(mark_duplicates(hits)):
+            if is_duplicate:
+                fate[rank] = Dropped(hits[rank].passage.id, "duplicate", 0)
+
+        # 2. The question is paid for first.
+        room = self._open(query, hits)
+
+        # 3. Passages, best first; of each the longest form that fits.
+        near = NearDuplicates(self.resemblance) if self.duplicates == "near" else None
+        offers = _Offers(self.reader, query, hits, self.trim, room)
+        waiting = [rank for rank in range(len(hits)) if rank not in fate]
+        places = len(hits) if self.max_passages is None else self.max_passages
+        for at, rank in enumerate(waiting):
+            if not places:
+                fate[rank] = Dropped(hits[rank].passage.id, "over the limit", 0)
+            elif near is not None and near.resembles_a_kept_one(hits[rank]):
+                fate[rank] = Dropped(hits[rank].passage.id, "near duplicate", 0)
+            else:
+                fate[rank] = offers.take(rank, waiting[at + 1 :], places)
+            if isinstance(fate[rank], Hit):
+                places -= 1
+                if near is not None:
+                    near.keep(hits[rank])
+
+        # 4. Reading order.
+        outcomes = [fate[rank] for rank in range(len(hits))]
+        kept = [packed for packed in outcomes if isinstance(packed, Hit)]
+        chosen = tuple(_in_reading_order(kept, self.order))
+        ranks = tuple(_in_reading_order(range(1, len(kept) + 1), self.order))
+        text = self.reader.show(chosen) if isinstance(self.reader, ShowsContext) else show_passages(chosen)
+        dropped = tuple(drop for drop in outcomes if isinstance(drop, Dropped))
+        return PackedContext(query, text, chosen, room.spent, self.budget, dropped, ranks)
+
+    def _open(self, query: Query, hits: Sequence[Hit]) -> "_Room":
+        costs = self.reader.costs(query, [_EMPTY] if hits else [])
+        if costs.fixed > self.budget:
+            raise DataError(
+                f"query {query.id}: the question alone takes {costs.fixed} tokens with its prompt, the budget is "
+                f"{self.budget}. Raise packer.budget or shorten the question."
+            )
+        total = self.budget if costs.limit is None else min(self.budget, costs.limit)
+        return _Room(total, costs.fixed, sum(price or 0 for price in costs.passages))
+
+
+def show_passages(hits: Sequence[Hit]) -> str:
+    """Packed passages as text for a person: title and text on lines of their own, a blank line between passages."""
+    return "\n\n".join(f"{hit.passage.title}\n{hit.passage.text}".strip() for hit in hits)
+
+
+def _in_reading_order(kept: Sequence[T], order: Order) -> list[T]:
+    match order:
+        case "score":
+            return list(kept)
+        case "reverse":
+            return list(kept[::-1])
+        case "sides":
+            return [*kept[::2], *kept[1::2][::-1]]
+
+
+class _Offers:
+    """The forms in which the hits of one query may be packed, longest first, each made once and priced once."""
+
+    def __init__(
+        self, reader: Reader, query: Query, hits: Sequence[Hit], trim: SentenceTrimmer | None, room: "_Room"
+    ) -> None:
+        self._reader, self._query, self._hits, self._trim, self._room = reader, query, hits, trim, room
+        self._weights = {} if trim is None else term_weights(query, hits)
+        self._made: dict[int, Sequence[Hit]] = {}
+        self._prices: dict[tuple[int, int], int | None] = {}  # by rank and number of the form
+
+    def take(self, rank: int, coming: Sequence[int], places: int) -> Hit | Dropped:
+        """Pay for the longest form of a hit that fits. `coming` are the ranks after it, perhaps priced along."""
+        refused = Dropped(self._hits[rank].passage.id, "over the limit", 0)
+        if not self._room.has_room:
+            return refused
+        for number, form in enumerate(self._forms(rank)):
+            if (rank, number) not in self._prices:
+                if not self._room.may_fit(form):
+                    continue
+                self._ask([(rank, number), *islice(self._worth_asking(coming), min(PRICED_AT_ONCE, places) - 1)])
+            price = self._prices[rank, number]
+            if self._room.take(form, price):
+                return form
+            refused = Dropped(self._hits[rank].passage.id, "does not fit", price or 0)
+        return refused
+
+    def _worth_asking(self, ranks: Iterable[int]) -> Iterator[tuple[int, int]]:
+        """Of each hit the form that would be asked for if it were its turn now."""
+        for rank in ranks:
+            for number, form in enumerate(self._forms(rank)):
+                if (rank, number) in self._prices:
+                    if self._room.fits(self._prices[rank, number]):
+                        break
+                elif self._room.may_fit(form):
+                    yield rank, number
+                    break
+
+    def _ask(self, wanted: Sequence[tuple[int, int]]) -> None:
+        prices = self._reader.costs(self._query, [self._made[rank][number] for rank, number in wanted]).passages
+        self._prices.update(zip(wanted, prices, strict=True))
+
+    def _forms(self, rank: int) -> Sequence[Hit]:
+        if rank not in self._made:
+            hit = self._hits[rank]
+            self._made[rank] = (hit,) if self._trim is None else self._trim.forms(hit, rank, self._weights)
+        return self._made[rank]
+
+
+@dataclass(slots=True)
+class _Room:
+    """What is left of one query's tokens. `empty` is what a passage without words costs."""
+
+    total: int
+    spent: int
+    empty: int
+    cheapest: float = 0.0
+    """The fewest tokens a character any passage has cost so far; 0 before the first price: then all may fit."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether any passage may still fit."""
+        return self.fits(self.empty)
+
+    def fits(self, price: int | None) -> bool:
+        return price is not None and self.spent + price <= self.total
+
+    def may_fit(self, hit: Hit) -> bool:
+        """Whether the passage is worth asking for its price."""
+        return self.spent + max(self.empty, self.cheapest * _characters(hit)) <= self.total
+
+    def take(self, hit: Hit, price: int | None) -> bool:
+        """Pay for a passage if it fits."""
+        if price is None:
+            return False
+        rate = price / max(1, _characters(hit))
+        self.cheapest = min(self.cheapest, rate) if self.cheapest else rate
+        if not self.fits(price):
+            return False
+        self.spent += price
+        return True
+
+
+def _characters(hit: Hit) -> int:
+    return len(hit.passage.title) + len(hit.passage.text)
