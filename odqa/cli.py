@@ -66,10 +66,13 @@ def options(
 def check(
     recipe: Annotated[str, typer.Argument(help="A recipe of any kind.")], changes: Set = None, as_json: Json = False
 ) -> None:
-    """Validate a recipe; print it with all defaults, and its hash."""
-    from odqa.recipes import load_recipe
+    """Validate a recipe, of an evaluation its pipelines too; print it with all defaults, and its hash."""
+    from odqa.config import EvalRecipe
+    from odqa.recipes import load_recipe, load_variants
 
     checked = load_recipe(recipe, changes=changes or ())
+    if isinstance(checked.settings, EvalRecipe):
+        load_variants(checked)
     if as_json:
         _print_json({"recipe": checked.resolved, "hash": checked.hash})
         return
@@ -173,7 +176,7 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the folder RECIPE/PIPELINE-VERSION/SET goes [runs].")] = None,
     save: Annotated[
-        Path | None, typer.Option(help="Also write the report as markdown and JSON: FILE.md, FILE.json.")
+        Path | None, typer.Option(help="Also write the report, FILE.md and FILE.json, and its figure if it has one.")
     ] = None,
     data: Data = None,
     artifacts: Artifacts = None,
@@ -195,6 +198,25 @@ def evaluate(
 
 
 @app.command()
+def mine(
+    recipe: Annotated[str, typer.Argument(help="A mining recipe, such as pipelines/rankings-hybrid.yaml.")],
+    out: Annotated[Path | None, typer.Option(help="The artifact folder [artifacts/RECIPE].")] = None,
+    data: Data = None,
+    artifacts: Artifacts = None,
+    changes: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Rank passages for training questions: hard negatives; resumes after a kill."""
+    from odqa import training
+
+    made = training.mine(recipe, places=_places(data, artifacts), out=out, changes=changes or (), log=_log)
+    if as_json:
+        _print_json({"path": str(made.path), "manifest": dict(made.manifest)})
+    else:
+        _print(str(made.path))
+
+
+@app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A training recipe, such as pipelines/span-reader-lora.yaml.")],
     out: Annotated[Path | None, typer.Option(help="The artifact folder [artifacts/RECIPE].")] = None,
@@ -203,10 +225,10 @@ def train(
     changes: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Train a reader's small part; resumes after a kill."""
-    from odqa import jobs
+    """Train a reader's or re-ranker's small part; resumes after a kill."""
+    from odqa import training
 
-    made = jobs.train(recipe, places=_places(data, artifacts), out=out, changes=changes or (), log=_log)
+    made = training.train(recipe, places=_places(data, artifacts), out=out, changes=changes or (), log=_log)
     if as_json:
         _print_json({"path": str(made.path), "manifest": dict(made.manifest)})
     else:
@@ -275,7 +297,7 @@ def _places(data: Path | None, artifacts: Path | None) -> "Places":
 
 def _report(result: "EvaluationResult", save: Path | None, as_json: bool) -> None:
     if save is not None:
-        result.save(save)
+        result.save(save, _log)
     _print_json(result.to_json()) if as_json else _print(result.render())
     if not result.ok:
         raise typer.Exit(1)

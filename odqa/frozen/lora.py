@@ -3,7 +3,8 @@
     W x  ->  W x + (alpha / rank) B A x        A: (rank, d_in) Gaussian, B: (d_out, rank) zero at the start
 
 Trains rank * (d_in + d_out) values a matrix. Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1. The update is
-added by forward hooks, so the frozen weight is never written to; parity with PEFT's LoRA is tested.
+added by forward hooks, so the frozen weight is never written to; parity with PEFT's LoRA is tested. Where speed counts
+and nothing else will use the model, `merge` writes it into a private copy.
 """
 
 from typing import ClassVar
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from odqa.errors import DataError
-from odqa.frozen.backbone import Backbone
+from odqa.frozen.backbone import Backbone, fingerprint
 from odqa.frozen.method import Method
 
 
@@ -55,6 +56,22 @@ class Lora(Method):
     def _remove(self, backbone: Backbone) -> None:
         while self._handles:
             self._handles.pop().remove()
+
+    @torch.no_grad()
+    def merge(self, backbone: Backbone) -> None:
+        """Write the update into the backbone's own weights: W <- W + (alpha / rank) B A.
+
+        The sum is taken in float32 and then cast to the type of W; in float32 the backbone computes the same as with
+        the method attached, up to rounding, and without the cost of two more products a map (section 4.1 of the paper:
+        no latency). This cannot be undone, so give it a backbone that nobody else uses, best in float32 and cast
+        afterwards. What comes out is another model, and its fingerprint says so: no method made for the frozen one
+        attaches to it. Raises ArtifactMismatch, like `attach`, for a backbone that the method was not made for.
+        """
+        self._check_backbone(backbone)
+        for name, linear in target_linears(backbone, self.settings["targets"]).items():
+            a, b = (tensor[_key(name)].to(linear.weight.device, torch.float32) for tensor in (self.A, self.B))
+            linear.weight.copy_(linear.weight.float() + self.scale * (b @ a))
+        backbone.fingerprint = fingerprint(backbone.model)
 
 
 def target_linears(backbone: Backbone, targets: list[str] | None) -> dict[str, nn.Linear]:

@@ -53,14 +53,17 @@ class Method(nn.Module):
         """Make the backbone compute with this method. Raises ArtifactMismatch for a backbone it was not made for."""
         if self._backbone:
             raise RuntimeError(f"{self.kind} is attached already; detach it first")
+        self._check_backbone(backbone)
+        self.to(backbone.device)
+        self._install(backbone)
+        self._backbone.append(backbone)
+
+    def _check_backbone(self, backbone: Backbone) -> None:
         if backbone.fingerprint != self.backbone_fingerprint:
             raise ArtifactMismatch(
                 f"{self.kind} was trained on backbone {self.backbone_fingerprint[:8]}; {backbone.name} is "
                 f"{backbone.fingerprint[:8]}. Use that backbone or train the method again."
             )
-        self.to(backbone.device)
-        self._install(backbone)
-        self._backbone.append(backbone)
 
     def detach(self) -> None:
         """Give the backbone back as it was before `attach`, to the bit."""

@@ -6,6 +6,7 @@ passages compete (shared normalisation, Clark & Gardner 2018, arXiv 1710.10723);
 probability of all right spans together (their eq. 2). Knows tensors only.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +64,7 @@ def span_scores(scores: torch.Tensor, in_text: torch.Tensor, longest: int) -> to
 def log_normaliser(spans: torch.Tensor, question: torch.Tensor, questions: int) -> torch.Tensor:
     """Log of the sum over all spans of all rows of each question: (R, T, W), (R,) -> (G,)."""
     per_row = spans.flatten(1).logsumexp(1)
-    return _group_logsumexp(per_row, question, questions)
+    return group_logsumexp(per_row, question, questions)
 
 
 def marginal_loss(spans: torch.Tensor, batch: SpanBatch) -> torch.Tensor:
@@ -71,13 +72,59 @@ def marginal_loss(spans: torch.Tensor, batch: SpanBatch) -> torch.Tensor:
     questions = int(batch.question[-1]) + 1
     row, first, last = batch.gold.unbind(1)
     right = spans[row, first, last - first]  # (N,)
-    log_right = _group_logsumexp(right, batch.question[row], questions)
+    log_right = group_logsumexp(right, batch.question[row], questions)
     return (log_normaliser(spans, batch.question, questions) - log_right).mean()
 
 
-def _group_logsumexp(values: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
-    """logsumexp of the values of each group: (N,), (N,) -> (groups,). Differentiable, stable for any values."""
+@dataclass(slots=True)
+class RowTerms:
+    """Log-sums of R rows: over all spans of a row (`spans`), over its right ones (`right`, -inf if there is none), and
+    the score of its "no answer" (`none`). (R,) each."""
+
+    spans: torch.Tensor
+    right: torch.Tensor
+    none: torch.Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence["RowTerms"]) -> "RowTerms":
+        """The rows of all parts, one part after the other."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__slots__))
+
+
+def row_terms(spans: torch.Tensor, gold: torch.Tensor) -> RowTerms:
+    """From (R, T, W) span scores and (N, 3) right spans; gold entries for "no answer" are not needed here."""
+    none = spans[:, 0, 0]
+    is_none = torch.zeros_like(spans[0], dtype=torch.bool)
+    is_none[0, 0] = True
+    answers = spans.masked_fill(is_none, float("-inf"))
+    row, first, last = gold.unbind(1)
+    right = group_logsumexp(answers[row, first, last - first], row, len(spans))
+    return RowTerms(answers.flatten(1).logsumexp(1), right, none)
+
+
+def row_loss(terms: RowTerms, question: torch.Tensor, none_weight: float = 0.5) -> torch.Tensor:
+    """The loss when "no answer" belongs to a row, not to the question, in nats.
+
+    Passages compete with their spans alone (shared normalisation, over questions that have a right span); beside it
+    every row learns whether it holds the answer: the softmax of its own spans and its "no answer" (Devlin et al. 2019,
+    arXiv 1810.04805, section 4.3), weighted by `none_weight` (our choice).
+    """
+    questions = int(question.max()) + 1
+    right = group_logsumexp(terms.right, question, questions)
+    answerable = right.isfinite()
+    shared = (group_logsumexp(terms.spans, question, questions) - right)[answerable].sum() / questions
+    target = torch.where(terms.right.isfinite(), terms.right, terms.none)
+    return shared + none_weight * (torch.logaddexp(terms.spans, terms.none) - target).mean()
+
+
+def group_logsumexp(values: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
+    """logsumexp of the values of each group: (N,), (N,) -> (groups,), -inf for a group that has none.
+
+    Differentiable, stable for any values; those of -inf count nothing and get no gradient.
+    """
     highest = torch.full((groups,), float("-inf"), dtype=values.dtype, device=values.device)
     highest = highest.scatter_reduce(0, group, values.detach(), "amax")
+    shift = torch.where(highest.isfinite(), highest, torch.zeros_like(highest))
     total = torch.zeros(groups, dtype=values.dtype, device=values.device)
-    return highest + total.index_add(0, group, (values - highest[group]).exp()).log()
+    total = total.index_add(0, group, (values - shift[group]).exp())
+    return highest + total.clamp_min(torch.finfo(values.dtype).tiny).log()

@@ -5,20 +5,19 @@ it; for another share the answer is missing altogether and "no answer" is right.
 order of batches, depend on seed and epoch alone. The loop is `odqa.frozen.fit`; nothing here reads a dev file.
 """
 
-import gzip
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from odqa.artifacts import Draft
+from odqa.corpus.examples import Example
 from odqa.errors import DataError
 from odqa.frozen.fit import FitSettings, fit
-from odqa.frozen.spans import SpanBatch, marginal_loss
-from odqa.read.span import Rows, SpanModel, SpanReader, save_span_reader
+from odqa.frozen.rows import Rows, split_by_length
+from odqa.frozen.spans import RowTerms, SpanBatch, marginal_loss, row_loss, row_terms
+from odqa.read.span import SpanModel, SpanReader, save_span_reader
 from odqa.runtime import peak_memory_bytes
 from odqa.text import answer_spans, exact_match, f1
 from odqa.types import Answer, Gold, Hit, PackedContext, Passage, Query
@@ -27,55 +26,27 @@ CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """A question whose answer stands in `passage`; `negatives` are passages that do not hold it."""
-
-    question: str
-    answers: tuple[str, ...]
-    passage: Passage
-    negatives: tuple[Passage, ...]
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
 class GroupSettings:
     """What training groups look like.
 
     `groups` questions a batch. A question gets a negative beside its passage with probability `negative_share`; with
     probability `unanswerable_share` it gets the negative alone. `source_weights` repeats the rows of a source within an
-    epoch (1 if not named). Values are our choice.
+    epoch (1 if not named).
+
+    With `packed` a group is a context as a pipeline packs it: the first 1 to `packed` passages of the question's mined
+    ranking (`odqa mine`). If none of them holds the answer, the right passage takes the last place with probability
+    `restore_share`. With probability `unanswerable_share` all that hold it are taken away. `parts`: a batch is
+    computed in parts of similar length, to save padding. Values are our choice.
     """
 
     groups: int = 16
     negative_share: float = 0.4
     unanswerable_share: float = 0.08
+    packed: int | None = None
+    restore_share: float = 0.7
+    parts: int = 1
     source_weights: Mapping[str, int] | None = None
     seed: int = 0
-
-
-def read_examples(path: Path, passages: Mapping[str, Passage]) -> Iterator[Example]:
-    """Rows of a reader training file (jsonl, may be gzipped): question, answers, title, passage, negative_ids, source.
-
-    Raises DataError with file and line for a row that lacks a field or names a passage that `passages` does not have.
-    """
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                yield Example(
-                    row["question"],
-                    tuple(row["answers"]),
-                    Passage(f"{row['id']}/gold", row["passage"], row["title"]),
-                    tuple(passages[str(pid)] for pid in row.get("negative_ids", ())),
-                    row.get("source", ""),
-                )
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
-            except KeyError as error:
-                raise DataError(
-                    f"{path}, line {number}: {error} is neither a field of the row nor a known passage."
-                ) from error
 
 
 class SpanBatches:
@@ -84,11 +55,13 @@ class SpanBatches:
     def __init__(self, examples: Sequence[Example], rows: Rows, longest: int, settings: GroupSettings) -> None:
         self.rows, self.longest, self.settings = rows, longest, settings
         weights = settings.source_weights or {}
-        # Spans are found once; an example without one (longer than `longest`, or cut by the window) is left out.
+        # Spans are found once; an example that has an answer but no span (longer than `longest`) is left out, and so is
+        # one that is longer than the window.
         self.examples, self.spans, self.left_out = [], [], 0
         for example in examples:
-            spans = token_spans(rows, example, longest)
-            if spans and rows.length(example.question, example.passage.title, example.passage.text) <= rows.window:
+            spans = token_spans(rows, example.passage, example.answers, longest)
+            length = rows.length(example.question, example.passage.title, example.passage.text)
+            if (spans or not example.answers) and length <= rows.window:
                 self.examples.append(example)
                 self.spans.append(spans)
             else:
@@ -100,14 +73,11 @@ class SpanBatches:
         self._epoch, self._plan = -1, np.empty((0, 0), dtype=np.int64)
 
     def __call__(self, index: int) -> SpanBatch:
-        epoch, number = divmod(index, self.per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._plan = epoch, self._plan_epoch(epoch)
         chances = np.random.default_rng([self.settings.seed, index])
         pairs: list[tuple[str, str, str]] = []
         owner: list[int] = []
         gold: list[tuple[int, int, int]] = []
-        for group, chosen in enumerate(self._plan[number]):
+        for group, chosen in enumerate(self.plan(index)):
             example = self.examples[chosen]
             kind, pick = chances.random(), chances.integers(1 << 30)
             negative = example.negatives[pick % len(example.negatives)] if example.negatives else None
@@ -125,6 +95,13 @@ class SpanBatches:
                 owner.append(group)
         return self.rows.batch(pairs, owner, gold)
 
+    def plan(self, index: int) -> np.ndarray:
+        """(groups,) numbers of the examples of a batch."""
+        epoch, number = divmod(index, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._plan = epoch, self._plan_epoch(epoch)
+        return self._plan[number]  # type: ignore[no-any-return]
+
     def _plan_epoch(self, epoch: int) -> np.ndarray:
         """(batches, groups) numbers of examples."""
         rng = np.random.default_rng([self.settings.seed, 1, epoch])
@@ -138,12 +115,76 @@ class SpanBatches:
         return plan[rng.permutation(len(plan))]
 
 
-def token_spans(rows: Rows, example: Example, longest: int) -> list[tuple[int, int]]:
+@dataclass(slots=True)
+class PackedBatch:
+    """Rows in parts; `question` (R,) says whose row it is, in the order of the parts."""
+
+    parts: list[SpanBatch]
+    question: torch.Tensor
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        return PackedBatch([part.to(device) for part in self.parts], self.question.to(device))
+
+
+class PackedBatches(SpanBatches):
+    """Batches of contexts as a pipeline packs them; needs examples with a mined ranking."""
+
+    def __init__(self, examples: Sequence[Example], rows: Rows, longest: int, settings: GroupSettings) -> None:
+        if not any(example.ranking for example in examples):
+            raise DataError("training: packed contexts need mined rankings. Name them under rankings.")
+        super().__init__(examples, rows, longest, settings)
+
+    def group(self, index: int) -> PackedBatch:
+        """The batch number `index`: contexts of `settings.groups` questions, in parts of similar length."""
+        chances = np.random.default_rng([self.settings.seed, index])
+        pairs: list[tuple[str, str, str]] = []
+        owner: list[int] = []
+        right: list[list[tuple[int, int]]] = []
+        for group, chosen in enumerate(self.plan(index)):
+            example = self.examples[chosen]
+            for passage in self._context(example, chances):
+                pairs.append((example.question, passage.title, passage.text))
+                owner.append(group)
+                at = self.rows.text_start(example.question, passage.title)
+                spans = token_spans(self.rows, passage, example.answers, self.longest)
+                right.append([(at + first, at + last) for first, last in spans])
+        parts, order = [], split_by_length([self.rows.length(*pair) for pair in pairs], self.settings.parts)
+        for part in order:
+            gold = [(place, first, last) for place, row in enumerate(part) for first, last in right[row]]
+            parts.append(self.rows.batch([pairs[row] for row in part], [owner[row] for row in part], gold))
+        return PackedBatch(parts, torch.tensor([owner[row] for part in order for row in part]))
+
+    def _context(self, example: Example, chances: np.random.Generator) -> list[Passage]:
+        """The passages of one training context, best ranked first; of a question without answers its own."""
+        assert self.settings.packed is not None
+        size = int(chances.integers(1, self.settings.packed + 1))
+        if not example.answers:
+            return list(example.ranking[: self.settings.packed])
+        kind, restored = chances.random(), chances.random() < self.settings.restore_share
+        held = dict(zip((p.id for p in example.ranking), example.holds, strict=True))
+        held[example.passage.id] = True
+        # A passage that holds the answer in too many tokens to be a span teaches nothing; nor does one over the window.
+        readable = [
+            p
+            for p in example.ranking
+            if self.rows.length(example.question, p.title, p.text) <= self.rows.window
+            and (not held[p.id] or token_spans(self.rows, p, example.answers, self.longest))
+        ]
+        without = [p for p in readable if not held[p.id]]
+        if kind < self.settings.unanswerable_share and without:
+            return without[:size]
+        context = readable[:size]
+        if restored and not any(held[p.id] for p in context):
+            context = [*context[: size - 1], example.passage]
+        return context or [example.passage]
+
+
+def token_spans(rows: Rows, passage: Passage, answers: Sequence[str], longest: int) -> list[tuple[int, int]]:
     """First and last token, within the text, of every occurrence of an answer that has at most `longest` tokens."""
-    offsets = rows.passage(example.passage.title, example.passage.text).offsets
+    offsets = rows.passage(passage.title, passage.text).offsets
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
     spans = set()
-    for start, end in answer_spans(example.passage.text, example.answers):
+    for start, end in answer_spans(passage.text, answers):
         first = int(np.searchsorted(ends, start, side="right"))  # the first token that ends after the answer starts
         last = int(np.searchsorted(starts, end, side="left")) - 1  # the last one that starts before it ends
         if first <= last < first + longest:
@@ -191,7 +232,13 @@ def train_span_reader(
     Resumes from the checkpoint in `draft` (declare `CHECKPOINT` as scratch). The backbone is guarded: AssertionError if
     one of its bits changed.
     """
-    batches = SpanBatches(examples, model.rows, model.longest, groups)
+    batches: SpanBatches
+    if groups.packed is None:
+        batches = SpanBatches(examples, model.rows, model.longest, groups)
+        batch_at: Callable[[int], SpanBatch | PackedBatch] = batches
+    else:
+        batches = PackedBatches(examples, model.rows, model.longest, groups)
+        batch_at = batches.group
     log(f"{len(batches.examples)} examples, {batches.left_out} left out, {batches.per_epoch} batches an epoch")
     reader = SpanReader(model)
 
@@ -203,15 +250,18 @@ def train_span_reader(
                 for metric, value in gold_passage_scores(reader, questions, passages).items()
             }
 
-    def loss(batch: SpanBatch) -> torch.Tensor:
+    def loss(batch: SpanBatch | PackedBatch) -> torch.Tensor:
         on_device = batch.to(model.backbone.device)
-        return marginal_loss(model.spans(on_device), on_device)
+        if isinstance(on_device, SpanBatch):
+            return marginal_loss(model.spans(on_device), on_device)
+        terms = [row_terms(model.spans(part), part.gold) for part in on_device.parts]
+        return row_loss(RowTerms.join(terms), on_device.question)
 
     count = model.method.count(model.backbone)
     modules = {"method": model.method, "head": model.head}
     result = fit(
         modules,
-        batches,
+        batch_at,
         loss,
         fit_settings,
         checkpoint=draft.path / CHECKPOINT,

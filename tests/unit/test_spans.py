@@ -5,7 +5,15 @@ import math
 
 import torch
 
-from odqa.frozen.spans import SpanBatch, log_normaliser, marginal_loss, span_scores
+from odqa.frozen.spans import (
+    RowTerms,
+    SpanBatch,
+    log_normaliser,
+    marginal_loss,
+    row_loss,
+    row_terms,
+    span_scores,
+)
 
 SCORES = torch.tensor(
     [
@@ -71,3 +79,35 @@ def test_the_loss_has_finite_gradients_beside_forbidden_spans() -> None:
 def test_scores_of_any_size_stay_finite() -> None:
     spans = span_scores(SCORES * 1e4, IN_TEXT, LONGEST)
     assert torch.isfinite(log_normaliser(spans, torch.tensor([0, 1]), 2)).all()
+
+
+# --- "no answer" by row -----------------------------------------------------------------------------------------------
+
+
+def test_the_row_loss_lets_spans_compete_over_passages_and_no_answer_within_its_own() -> None:
+    """Question 0 has both rows, the answer stands in row 0 twice."""
+    terms = row_terms(span_scores(SCORES, IN_TEXT, LONGEST), torch.tensor([[0, 2, 3], [0, 1, 1]]))
+    own = [{key: math.exp(score) for key, score in by_hand(row).items()} for row in range(2)]
+    spans = [sum(p for key, p in row.items() if key != (0, 0)) for row in own]
+    right = own[0][2, 3] + own[0][1, 1]
+    shared = -math.log(right / (spans[0] + spans[1]))
+    rows = (-math.log(right / (spans[0] + own[0][0, 0])) - math.log(own[1][0, 0] / (spans[1] + own[1][0, 0]))) / 2
+    loss = row_loss(terms, torch.tensor([0, 0]), none_weight=0.7)
+    assert math.isclose(loss.item(), shared + 0.7 * rows, rel_tol=1e-5)
+
+
+def test_a_context_without_an_answer_teaches_no_answer_alone() -> None:
+    scores = SCORES.clone().requires_grad_()
+    terms = row_terms(span_scores(scores, IN_TEXT, LONGEST), torch.empty(0, 3, dtype=torch.long))
+    loss = row_loss(terms, torch.tensor([0, 1]))
+    loss.backward()
+    assert scores.grad is not None and scores.grad.isfinite().all()
+    assert (scores.grad[:, 0] < 0).all() and (scores.grad[0, 1:] > 0).all()  # "no answer" up, spans down
+
+
+def test_rows_of_several_parts_are_one_batch() -> None:
+    spans, gold = span_scores(SCORES, IN_TEXT, LONGEST), torch.tensor([[0, 2, 3]])
+    whole = row_terms(spans, gold)
+    parts = RowTerms.join([row_terms(spans[:1], gold), row_terms(spans[1:], gold[:0])])
+    question = torch.tensor([0, 0])
+    assert math.isclose(row_loss(whole, question).item(), row_loss(parts, question).item(), rel_tol=1e-6)

@@ -1,0 +1,156 @@
+"""Training examples: a question, its answers, the passage that holds one, and passages that may be taken for it.
+
+One file format for readers and re-rankers: jsonl (may be gzipped) with question, answers, title, passage, positive_ids,
+negative_ids, source. Mined rankings (`odqa mine`) come beside it: what a pipeline really finds for each question.
+"""
+
+import gzip
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from odqa.errors import DataError
+from odqa.types import Passage
+
+UNANSWERABLE = "unanswerable"  # the source of examples without an answer
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """What a pipeline found for a question, best first. `holds[i]`: passage i holds an answer (has_answer)."""
+
+    ids: tuple[str, ...]
+    scores: tuple[float, ...]
+    holds: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A question whose answer stands in `passage`.
+
+    `positives` are that passage and others known to answer; `negatives` hold no answer, hardest first. `ranking` is
+    what was mined for the question (passages and scores, positives among them), empty if nothing was.
+    """
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    passage: Passage
+    positives: tuple[Passage, ...]
+    negatives: tuple[Passage, ...]
+    source: str
+    ranking: tuple[Passage, ...] = ()
+    scores: tuple[float, ...] = ()
+    holds: tuple[bool, ...] = ()
+
+
+def read_examples(
+    path: Path, passages: Mapping[str, Passage], mined: Mapping[str, Ranking] | None = None
+) -> Iterator[Example]:
+    """The rows of a training file.
+
+    With `mined` only questions that have a ranking are given, and its passages without an answer stand before those
+    of negative_ids. A mined passage that has an answer but is not known to be right is neither positive nor negative.
+    Raises DataError with file and line for a row that lacks a field or names a passage that `passages` does not have.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                if mined is None or str(row["id"]) in mined:
+                    yield _example(row, passages, None if mined is None else mined[str(row["id"])])
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
+            except KeyError as error:
+                raise DataError(
+                    f"{path}, line {number}: {error} is neither a field of the row nor a known passage."
+                ) from error
+
+
+def read_unanswerable(
+    path: Path, passages: Mapping[str, Passage], *, split: str, avoid: Collection[str] = ()
+) -> Iterator[Example]:
+    """Questions that no passage of their paragraph answers (SQuAD 2.0): examples without answers, whose ranking is it.
+
+    Rows are jsonl (may be gzipped) with id, question, passage_ids and squad_split; those of another `split` and those
+    about a passage in `avoid` are left out. Raises DataError with file and line for a row that lacks a field or names
+    an unknown passage.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                ids = [str(pid) for pid in row["passage_ids"]]
+                if row["squad_split"] != split or not ids or any(pid in avoid for pid in ids):
+                    continue
+                own = tuple(passages[pid] for pid in ids)
+                nothing = tuple(False for _ in own)
+                yield Example(
+                    str(row["id"]), row["question"], (), own[0], (), own, UNANSWERABLE, own, (0.0,) * len(own), nothing
+                )
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
+            except KeyError as error:
+                raise DataError(
+                    f"{path}, line {number}: {error} is neither a field of the row nor a known passage."
+                ) from error
+
+
+def _example(row: Mapping[str, object], passages: Mapping[str, Passage], found: Ranking | None) -> Example:
+    question, answers = str(row["question"]), tuple(str(answer) for answer in _list(row["answers"]))
+    right = [passages[str(pid)] for pid in _list(row.get("positive_ids"))]
+    # The first positive is the row's own passage, under its number in the collection where it has one.
+    text, title = str(row["passage"]), str(row["title"])
+    own = next((p for p in right if p.text == text), Passage(f"{row['id']}/gold", text, title))
+    positives = (own, *(p for p in right if p is not own))
+    negatives = [passages[str(pid)] for pid in _list(row.get("negative_ids"))]
+    ranking: tuple[Passage, ...] = ()
+    if found is not None:
+        ranking = tuple(passages[pid] for pid in found.ids)
+        taken = {p.id for p in positives}
+        hard = [p for p, holds in zip(ranking, found.holds, strict=True) if not holds and p.id not in taken]
+        known = {p.id for p in hard}
+        negatives = hard + [p for p in negatives if p.id not in known]
+    return Example(
+        str(row["id"]),
+        question,
+        answers,
+        own,
+        positives,
+        tuple(negatives),
+        str(row.get("source", "")),
+        ranking,
+        found.scores if found else (),
+        found.holds if found else (),
+    )
+
+
+def _list(value: object) -> Sequence[object]:
+    return value if isinstance(value, list) else []
+
+
+def read_rankings(folder: Path) -> dict[str, Ranking]:
+    """The rankings of an artifact of `odqa mine`, by question id."""
+    found = {}
+    for part in sorted(folder.glob("part-*.jsonl")):
+        with part.open(encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                found[row["id"]] = Ranking(tuple(row["ids"]), tuple(row["scores"]), tuple(row["holds"]))
+    return found
+
+
+def write_rankings(path: Path, rankings: Mapping[str, Ranking]) -> None:
+    """One jsonl line a question: {"id", "ids", "scores", "holds"}, scores with six significant digits."""
+    with path.open("w", encoding="utf-8") as file:
+        for question_id, ranking in rankings.items():
+            row = {
+                "id": question_id,
+                "ids": ranking.ids,
+                "scores": [float(f"{score:.6g}") for score in ranking.scores],
+                "holds": ranking.holds,
+            }
+            file.write(json.dumps(row, separators=(",", ":")) + "\n")

@@ -1,0 +1,325 @@
+"""Trainings as jobs: mine hard negatives, train a reader, train a re-ranker. A recipe goes in, an artifact comes out.
+
+Files are read and models loaded here; batches, losses and scores are in `odqa.read.train` and `odqa.rerank.train`, the
+gradient loop is `odqa.frozen.fit`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from odqa import config
+from odqa.artifacts import MANIFEST, Artifact, building, load_artifact, sha256_file, sha256_json
+from odqa.errors import ArtifactError, DataError
+from odqa.jobs import finished_artifact, load_ranker
+from odqa.recipes import Places, Recipe, describe_file, load_recipe
+from odqa.runtime import progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+    from odqa.corpus.examples import Example, Ranking
+    from odqa.frozen.method import Method
+    from odqa.types import Gold, Passage, Query
+
+Log = Callable[[str], None]
+RANKINGS = "rankings"  # the kind of what `mine` makes
+_PART = 1000  # our choice: questions a part of a mining; a killed one repeats at most this many
+
+
+def _silent(_line: str) -> None:
+    """The default log."""
+
+
+# --- mining -----------------------------------------------------------------------------------------------------------
+
+
+def mine(
+    recipe: str | Path | Recipe,
+    *,
+    places: Places | None = None,
+    out: Path | None = None,
+    changes: Sequence[str] = (),
+    log: Log = _silent,
+) -> Artifact:
+    """Rank passages for training questions with one or more pipelines: the hard negatives of a training.
+
+    The artifact holds, by question, the best passages and whether each has an answer. Resumes by parts of questions.
+    """
+    from odqa.corpus.examples import read_examples, write_rankings
+    from odqa.corpus.io import read_passages
+
+    places = places or Places.from_environment()
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, "mine", changes=changes)
+    settings = recipe.settings
+    assert isinstance(settings, config.Mining)
+    folder = out or places.artifacts / recipe.name
+    files = {name: places.file(name) for name in (settings.train, *settings.passages)}
+    passages = {passage.id: passage for name in settings.passages for passage in read_passages(files[name])}
+    examples = _sample(list(read_examples(files[settings.train], passages)), settings.limits, settings.seed)
+    finders = [load_ranker(path, places=places, build=True, log=log) for path in settings.pipelines]
+    inputs = {name: describe_file(name, path)["sha256"] for name, path in files.items()} | {
+        "pipelines": [finder.identity for finder in finders]
+    }
+    found = finished_artifact(folder, RANKINGS, recipe, log)
+    if found is not None and found.manifest["inputs"] == inputs:
+        log(f"{folder}: mined already")
+        return found
+    with building(folder, RANKINGS, recipe=recipe.resolved, inputs=inputs) as draft:
+        with progress("mine", len(examples), "questions") as bar:
+            for number, start in enumerate(range(0, len(examples), _PART)):
+                block = examples[start : start + _PART]
+                name = f"part-{number:05}.jsonl"
+                if not draft.has(name):
+                    rankings = _rank(block, finders, settings)
+                    draft.part(name, lambda path, rankings=rankings: write_rankings(path, rankings))  # type: ignore[misc]
+                bar.advance(len(block))
+        draft.counts |= {"questions": len(examples)}
+    return load_artifact(folder, RANKINGS)
+
+
+def _rank(examples: Sequence["Example"], finders: Sequence[Any], settings: config.Mining) -> dict[str, "Ranking"]:
+    """The best `depth` passages of all pipelines together, with what `has_answer` says of each."""
+    from odqa.corpus.examples import Ranking
+    from odqa.text import has_answer
+    from odqa.types import Query
+
+    queries = [Query(example.id, example.question) for example in examples]
+    lists = [finder.rank(queries) for finder in finders]
+    rankings = {}
+    for number, example in enumerate(examples):
+        best: dict[str, Any] = {}
+        for hits in lists:
+            for rank, hit in enumerate(hits[number]):
+                score = hit.score if settings.merge == "score" else -float(rank)
+                if hit.passage.id not in best or best[hit.passage.id][0] < score:
+                    best[hit.passage.id] = (score, hit.passage)
+        chosen = sorted(best.values(), key=lambda entry: -entry[0])[: settings.depth]
+        right = {passage.id for passage in example.positives}
+        rankings[example.id] = Ranking(
+            tuple(passage.id for _, passage in chosen),
+            tuple(float(score) for score, _ in chosen),
+            tuple(passage.id in right or has_answer(passage.text, example.answers) for _, passage in chosen),
+        )
+    return rankings
+
+
+def _sample(examples: list["Example"], limits: Mapping[str, int], seed: int) -> list["Example"]:
+    """At most `limits[source]` examples of a source, drawn without replacement; all of a source without a limit."""
+    order = np.random.default_rng(seed).permutation(len(examples))
+    left = dict(limits)
+    chosen = []
+    for number in order.tolist():
+        source = examples[number].source
+        if left.get(source, 1) > 0:
+            chosen.append(examples[number])
+            if source in left:
+                left[source] -= 1
+    return chosen
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def train(
+    recipe: str | Path | Recipe,
+    *,
+    places: Places | None = None,
+    out: Path | None = None,
+    changes: Sequence[str] = (),
+    log: Log = _silent,
+) -> Artifact:
+    """Train what a recipe describes, a reader or a re-ranker; continues a killed training at its last checkpoint."""
+    places = places or Places.from_environment()
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, "train", changes=changes)
+    folder = out or places.artifacts / recipe.name
+    if isinstance(recipe.settings, config.ReaderTraining):
+        return _train_reader(recipe, recipe.settings, places, folder, log)
+    assert isinstance(recipe.settings, config.RerankerTraining)
+    return _train_reranker(recipe, recipe.settings, places, folder, log)
+
+
+def _train_reader(recipe: Recipe, settings: config.ReaderTraining, places: Places, folder: Path, log: Log) -> Artifact:
+    from odqa.frozen.spans import SpanHead
+    from odqa.read import span
+    from odqa.read import train as reading
+
+    setup = _Setup(settings, places)
+    inputs = setup.inputs(HEADS if settings.start else ())
+    found = finished_artifact(folder, span.KIND, recipe, log)
+    if found is not None and found.manifest["inputs"] == inputs:
+        log(f"{folder}: trained already")
+        return found
+    passages = setup.passages()
+    tune = {}
+    for name, questions in setup.tune():
+        tune[name] = questions
+        for query, gold in questions:
+            if not gold.passage_ids or gold.passage_ids[0] not in passages:
+                raise DataError(
+                    f"tune set {name}: the gold passage of question {query.id!r} is not known. Give positive_ids, "
+                    "and name the file that holds these passages under passages."
+                )
+    head = SpanHead(setup.backbone.width)
+    method = setup.method(head)
+    model = span.SpanModel(setup.backbone, method, head, settings.longest, settings.no_answer)
+    with building(folder, span.KIND, recipe=recipe.resolved, inputs=inputs, scratch=(reading.CHECKPOINT,)) as draft:
+        reading.train_span_reader(
+            model,
+            setup.examples(passages) + setup.unanswerable(passages),
+            tune,
+            passages,
+            draft,
+            groups=reading.GroupSettings(**settings.groups.model_dump()),
+            fit_settings=setup.fit,
+            stored=setup.stored,
+            log=log,
+        )
+    return load_artifact(folder, span.KIND)
+
+
+def _train_reranker(
+    recipe: Recipe, settings: config.RerankerTraining, places: Places, folder: Path, log: Log
+) -> Artifact:
+    from odqa.frozen.pairs import PairHead
+    from odqa.rerank import train as reranking
+
+    setup = _Setup(settings, places)
+    inputs = setup.inputs(())
+    ranker = None
+    if settings.candidates is not None:
+        ranker = load_ranker(settings.candidates, places=places, build=True, log=log)
+        inputs["candidates"] = ranker.identity
+    found = finished_artifact(folder, reranking.KIND, recipe, log)
+    if found is not None and found.manifest["inputs"] == inputs:
+        log(f"{folder}: trained already")
+        return found
+    tune = {}
+    for name, questions in setup.tune():
+        assert ranker is not None  # the recipe has been checked
+        hits = ranker.rank([query for query, _ in questions])
+        tune[name] = [(*pair, found[: settings.candidate_depth]) for pair, found in zip(questions, hits, strict=True)]
+    head = PairHead(setup.backbone.width)
+    model = reranking.PairModel(setup.backbone, setup.method(head), head)
+    kind, scratch = reranking.KIND, (reranking.CHECKPOINT,)
+    with building(folder, kind, recipe=recipe.resolved, inputs=inputs, scratch=scratch) as draft:
+        reranking.train_reranker(
+            model,
+            setup.examples(setup.passages()),
+            tune,
+            draft,
+            groups=reranking.GroupSettings(**settings.groups.model_dump()),
+            loss=reranking.LossSettings(**settings.loss.model_dump()),
+            fit_settings=setup.fit,
+            stored=setup.stored,
+            log=log,
+        )
+    return load_artifact(folder, kind)
+
+
+HEADS = ("head.safetensors",)  # of readers and re-rankers alike
+
+
+class _Setup:
+    """What readers and re-rankers need alike to be trained: files, frozen backbone, method, examples."""
+
+    def __init__(self, settings: config.ReaderTraining | config.RerankerTraining, places: Places) -> None:
+        import torch
+
+        from odqa.frozen.backbone import load_backbone
+        from odqa.frozen.fit import FitSettings
+        from odqa.runtime import choose_device, has_fast_bf16
+
+        self.settings = settings
+        names = [settings.train, *settings.passages, *(tune.file for tune in settings.tune)]
+        if isinstance(settings, config.ReaderTraining) and settings.unanswerable is not None:
+            names.append(settings.unanswerable)
+        self.files = {name: places.file(name) for name in names}
+        self.start = None if settings.start is None else places.file(settings.start)
+        self.rankings = None if settings.rankings is None else _rankings_folder(settings.rankings, places)
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        # Eager attention: its backward pass is a third faster than the fused one on processors (docs/LOG.md).
+        on_cpu = choose_device(settings.device).type == "cpu"
+        attention = "eager" if on_cpu else "sdpa"
+        self.backbone = load_backbone(
+            settings.backbone, "encoder", device=settings.device, dtype=settings.dtype, attention=attention
+        )
+        autocast = has_fast_bf16() or not on_cpu if settings.autocast is None else settings.autocast
+        self.fit = FitSettings(**settings.fit.model_dump(), autocast=autocast)
+        self.stored = torch.float16 if settings.stored == "float16" else torch.float32
+
+    def inputs(self, started_from: Sequence[str]) -> dict[str, Any]:
+        """What the manifest says was read; `started_from`: files that count besides the method's own."""
+        from odqa.frozen.method import TENSORS
+
+        inputs: dict[str, Any] = {name: describe_file(name, path)["sha256"] for name, path in self.files.items()}
+        inputs["backbone"] = self.backbone.fingerprint
+        if self.start is not None:
+            inputs["start"] = sha256_json([sha256_file(self.start / name) for name in (TENSORS, *started_from)])
+        if self.rankings is not None:
+            inputs["rankings"] = load_artifact(self.rankings, RANKINGS).hash
+        return inputs
+
+    def passages(self) -> dict[str, "Passage"]:
+        """All passages that examples and rankings may name, by id."""
+        from odqa.corpus.io import read_passages
+
+        return {p.id: p for name in self.settings.passages for p in read_passages(self.files[name])}
+
+    def examples(self, passages: Mapping[str, "Passage"]) -> list["Example"]:
+        """The training examples; with rankings only those that were ranked."""
+        from odqa.corpus.examples import read_examples, read_rankings
+
+        mined = None if self.rankings is None else read_rankings(self.rankings)
+        return list(read_examples(self.files[self.settings.train], passages, mined))
+
+    def unanswerable(self, passages: Mapping[str, "Passage"]) -> list["Example"]:
+        """Questions without an answer, but for those about a passage that a tune question asks for."""
+        from odqa.corpus.examples import read_unanswerable
+        from odqa.corpus.io import read_gold
+
+        name = getattr(self.settings, "unanswerable", None)
+        if name is None:
+            return []
+        tuned = {pid for t in self.settings.tune for gold in read_gold(self.files[t.file]) for pid in gold.passage_ids}
+        return list(read_unanswerable(self.files[name], passages, split="train", avoid=tuned))
+
+    def tune(self) -> "Iterator[tuple[str, list[tuple[Query, Gold]]]]":
+        """The tune sets by name."""
+        from odqa.corpus.io import read_gold, read_questions
+
+        for chosen in self.settings.tune:
+            file = self.files[chosen.file]
+            pairs = list(zip(read_questions(file), read_gold(file), strict=True))
+            yield chosen.name, pairs[: chosen.limit]
+
+    def method(self, head: "nn.Module") -> "Method":
+        """The method to be trained, fresh or as `start` has it; then the head too, if it is of the same kind."""
+        from safetensors.torch import load_file
+
+        from odqa.frozen.method import TENSORS, create_method, load_tensors
+
+        named = self.settings.method
+        method = create_method(named.kind, self.backbone, **named.model_dump(mode="json", exclude={"kind"}))
+        if self.start is not None:
+            load_tensors(method, load_file(self.start / TENSORS), str(self.start))
+            tensors = load_file(self.start / HEADS[0])
+            if {name: t.shape for name, t in tensors.items()} == {n: p.shape for n, p in head.named_parameters()}:
+                load_tensors(head, tensors, str(self.start))
+        return method
+
+
+def _rankings_folder(name: str, places: Places) -> Path:
+    """The folder itself, or the place of what a mining recipe makes."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        return path
+    folder = places.artifacts / load_recipe(path, "mine").name
+    if not (folder / MANIFEST).is_file():
+        raise ArtifactError(f"{folder}: the rankings are not mined yet. Mine them with: odqa mine {name}")
+    return folder
