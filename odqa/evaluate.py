@@ -10,6 +10,8 @@ Metrics, for a question with gold answers:
     em, f1              of the last answer (`odqa.text`)
     recall@k            an answer is in one of the first k passages that the first pass retrieved
     rerank_recall@k     the same after the first pass's re-ranker
+    final_recall@k      the same in the ranking that the first pass packs from: rerank_recall@k with a re-ranker, and
+                        recall@k without, so that systems with and without one compare
     recall_in_context   an answer is in the kept text of one packed passage of any pass (titles do not count)
     tokens              tokens given to the reader, summed over its passes
 
@@ -22,7 +24,8 @@ The funnel gives each question exactly one outcome. A wrong one belongs to the s
     reranked away             one was retrieved, and re-ranking lost it: it is not among the re-ranked, or it would have
                               been packed in the retriever's order (it stood within the first m, m passages were packed)
                               and is not within the first m any more
-    not packed                one came to the packer, and did not fit, was a duplicate, or ranked too low
+    not packed                one came to the packer, and did not fit, was a duplicate, ranked too low, or was trimmed
+                              to sentences without the answer
     misread                   one was packed, and the reader said something else (or should have abstained)
     undone by a re-pass       an earlier pass answered right, the last one does not
     correct                   right, and a packed passage holds an answer (or rightly abstained)
@@ -30,6 +33,9 @@ The funnel gives each question exactly one outcome. A wrong one belongs to the s
 
 So recall_in_context is the share of `correct`, `misread` and those `undone by a re-pass` that had their evidence. In a
 closed-book run a question is `correct without evidence` or `not retrieved`.
+
+Answering or not (selective prediction) is judged from the confidence of the best answer, given or withheld: see
+`Decision` and what follows it. Confidence is a reader's calibrated probability; a run without it has no such numbers.
 """
 
 import math
@@ -40,7 +46,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from odqa.errors import DataError
 from odqa.text import Matcher, broken_patterns, exact_match, f1, has_answer
-from odqa.types import Gold, PackedContext, Step, Trace
+from odqa.types import Answer, Gold, PackedContext, Step, Trace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,7 +107,8 @@ class QuestionResult:
     """One question judged.
 
     Ranks count from 1 and are those of the first passage with an answer in the first pass, None if there is none. `f1`
-    is 0 to 1, None against patterns. `tokens` is summed over `passes`.
+    is 0 to 1, None against patterns. `tokens` is summed over `passes`. `confidence` is the reader's in its best answer,
+    and `best_is_right` says whether that answer is, be it given or withheld; None: the reader is not calibrated.
     """
 
     id: str
@@ -112,13 +119,23 @@ class QuestionResult:
     f1: float | None
     retrieve_rank: int | None
     rerank_rank: int | None
+    final_rank: int | None
     in_context: bool
     tokens: int
     passes: int
+    confidence: float | None = None
+    best_is_right: bool | None = None
 
     @property
     def is_answerable(self) -> bool:
         return bool(self.answers)
+
+    @property
+    def decision(self) -> "Decision | None":
+        """What selective metrics need; None without a confidence."""
+        if self.confidence is None or self.best_is_right is None:
+            return None
+        return Decision(self.confidence, is_right=self.best_is_right, is_answerable=self.is_answerable)
 
 
 def _within(rank: int | None, k: int) -> float:
@@ -134,10 +151,11 @@ _VALUES: dict[str, Callable[[QuestionResult, int], float | None]] = {
     "f1": lambda question, _: None if question.f1 is None else 100.0 * question.f1,
     "recall": _answerable(lambda question, k: _within(question.retrieve_rank, k)),
     "rerank_recall": _answerable(lambda question, k: _within(question.rerank_rank, k)),
+    "final_recall": _answerable(lambda question, k: _within(question.final_rank, k)),
     "recall_in_context": _answerable(lambda question, _: 100.0 * question.in_context),
     "tokens": lambda question, _: float(question.tokens),
 }
-_WITH_DEPTH = frozenset({"recall", "rerank_recall"})
+_WITH_DEPTH = frozenset({"recall", "rerank_recall", "final_recall"})
 
 
 # --- one question -----------------------------------------------------------------------------------------------------
@@ -149,6 +167,7 @@ def judge(trace: Trace, gold: Gold, text_of: TextOf, *, matcher: Matcher = "stri
     right = [exact_match(answer.text, gold.answers, matcher) for answer in trace.answers]
     in_context = any(finder.in_kept_text(context) for context in trace.contexts)
     retrieved, reranked = _first(trace.steps, "retrieve"), _first(trace.steps, "rerank")
+    final = reranked or retrieved
     return QuestionResult(
         id=trace.query.id,
         answers=gold.answers,
@@ -158,10 +177,20 @@ def judge(trace: Trace, gold: Gold, text_of: TextOf, *, matcher: Matcher = "stri
         f1=f1(trace.answer.text, gold.answers) if matcher == "string" else None,
         retrieve_rank=finder.rank(retrieved.ids) if retrieved else None,
         rerank_rank=finder.rank(reranked.ids) if reranked else None,
+        final_rank=finder.rank(final.ids) if final else None,
         in_context=in_context,
         tokens=sum(context.tokens for context in trace.contexts),
         passes=len(trace.answers),
+        confidence=trace.answer.confidence,
+        best_is_right=None if trace.answer.confidence is None else _best_is_right(trace.answer, gold, matcher),
     )
+
+
+def _best_is_right(answer: Answer, gold: Gold, matcher: Matcher) -> bool:
+    """Whether the answer, or the best candidate of one that was withheld, is right; never for an unanswerable one."""
+    texts = [answer.text, *(candidate.text for candidate in answer.candidates)]
+    best = next((text for text in texts if text), "")
+    return bool(gold.answers and best) and exact_match(best, gold.answers, matcher)
 
 
 class _Finder:
@@ -263,6 +292,19 @@ class Evaluation:
     measured: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def is_reranked(self) -> bool:
+        """Whether a re-ranker made the ranking that was packed from."""
+        return any(Metric.parse(score.name).name == "rerank_recall" for score in self.scores)
+
+    @property
+    def selective(self) -> "Selective | None":
+        """How well confidence tells right answers from wrong ones; None if a question has none."""
+        decisions = [decision for question in self.questions if (decision := question.decision) is not None]
+        if not decisions or len(decisions) < len(self.questions):
+            return None
+        return selective(decisions, seed=self.seed, resamples=self.resamples)
+
+    @property
     def funnel(self) -> dict[Outcome, int]:
         """How many questions had each outcome; the counts add up to the number of questions."""
         counts = Counter(question.outcome for question in self.questions)
@@ -288,6 +330,7 @@ class Evaluation:
             "interval": {"kind": "percentile bootstrap, 95%", "seed": self.seed, "resamples": self.resamples},
             "scores": [_score_to_json(score) for score in self.scores],
             "funnel": self.funnel,
+            "selective": None if (selective := self.selective) is None else selective.to_json(),
             "notes": list(self.notes),
             "questions": [_question_to_json(question) for question in self.questions],
             "measured": dict(self.measured),
@@ -298,12 +341,16 @@ class Evaluation:
         """What `to_json` gave. Raises DataError for anything else."""
         try:
             where = {key: record[key] for key in ("question_set", "split")}
+            # scores.json of the first version has no final_rank; it is one of the two others.
+            is_reranked = any(score["name"].startswith("rerank_recall@") for score in record["scores"])
+            final = "rerank_rank" if is_reranked else "retrieve_rank"
             return cls(
                 **where,
                 matcher=record["matcher"],
                 scores=tuple(Score(**score, **where) for score in record["scores"]),
                 questions=tuple(
-                    QuestionResult(**{**item, "answers": tuple(item["answers"])}) for item in record["questions"]
+                    QuestionResult(**{"final_rank": item[final], **item, "answers": tuple(item["answers"])})
+                    for item in record["questions"]
                 ),
                 budget=record["budget"],
                 seed=record["interval"]["seed"],
@@ -392,6 +439,7 @@ class _Shape:
         metrics = [Metric("em")] if matcher == "regex" else [Metric("em"), Metric("f1")]  # no F1 against a pattern
         metrics += [Metric("recall", k) for k in depths if k <= self.retrieved]
         metrics += [Metric("rerank_recall", k) for k in depths if k <= self.reranked]
+        metrics += [Metric("final_recall", k) for k in depths if k <= (self.reranked or self.retrieved)]
         metrics += [Metric("recall_in_context")] if self.retrieved or self.has_hits else []
         return metrics + ([Metric("tokens")] if self.has_contexts else [])
 
@@ -482,6 +530,177 @@ def _resampled_means(values: "NDArray[np.float64]", seed: int, resamples: int) -
     return np.concatenate([values[generator.integers(0, n, size=(size, n))].mean(axis=1) for size in sizes])
 
 
+# --- answering or not -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A question on which a reader may abstain: its best answer's confidence (0 to 1, or any score that rises with it).
+
+    `is_right` is about that answer, given or withheld; the best answer to an unanswerable question is wrong.
+    """
+
+    confidence: float
+    is_right: bool
+    is_answerable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RiskCoverage:
+    """What answering only above a threshold costs (El-Yaniv & Wiener 2010): one point a distinct confidence, falling.
+
+    `coverage` is the share of questions answered with at least this confidence, `risk` the share of wrong ones among
+    them, both 0 to 1. `area` is AURC, the mean over all questions of the risk at their own confidence (Geifman &
+    El-Yaniv 2017): lower is better, 0 only if nothing is wrong.
+    """
+
+    thresholds: tuple[float, ...]
+    coverage: tuple[float, ...]
+    risk: tuple[float, ...]
+    area: float
+
+
+@dataclass(frozen=True, slots=True)
+class Selective:
+    """Confidence judged on n questions. Rates, areas and their intervals are in percent, like all scores.
+
+    `auroc_right` tells right answers from wrong ones, `auroc_answerable` answerable from unanswerable questions; None
+    where one of the two kinds is missing. `calibration_error` is `calibration_error` below, with its bins.
+    """
+
+    n: int
+    answerable: int
+    right: int
+    auroc_right: Interval | None
+    auroc_answerable: Interval | None
+    aurc: float
+    calibration_error: float
+
+    def to_json(self) -> dict[str, Any]:
+        def interval(value: Interval | None) -> dict[str, float] | None:
+            if value is None:
+                return None
+            return {name: round(getattr(value, name), 4) for name in ("value", "low", "high")}
+
+        return {
+            "n": self.n,
+            "answerable": self.answerable,
+            "right": self.right,
+            "auroc_right": interval(self.auroc_right),
+            "auroc_answerable": interval(self.auroc_answerable),
+            "aurc": round(self.aurc, 4),
+            "calibration_error": round(self.calibration_error, 4),
+        }
+
+
+def selective(decisions: Sequence[Decision], *, seed: int = 0, resamples: int = RESAMPLES) -> Selective:
+    """All selective metrics that need no threshold. Raises ValueError without decisions."""
+
+    def separation(of: Callable[[Decision], bool]) -> Interval | None:
+        positive = [decision.confidence for decision in decisions if of(decision)]
+        negative = [decision.confidence for decision in decisions if not of(decision)]
+        if not positive or not negative:
+            return None
+        return auroc_interval(positive, negative, seed=seed, resamples=resamples)
+
+    return Selective(
+        n=len(decisions),
+        answerable=sum(decision.is_answerable for decision in decisions),
+        right=sum(decision.is_right for decision in decisions),
+        auroc_right=separation(lambda decision: decision.is_right),
+        auroc_answerable=separation(lambda decision: decision.is_answerable),
+        aurc=100.0 * risk_coverage(decisions).area,
+        calibration_error=100.0 * calibration_error(decisions),
+    )
+
+
+def risk_coverage(decisions: Sequence[Decision]) -> RiskCoverage:
+    """The risk-coverage curve. Questions of equal confidence come in together, for no threshold tells them apart.
+
+    Raises ValueError without decisions.
+    """
+    import numpy as np
+
+    if not decisions:
+        raise ValueError("a risk-coverage curve needs at least one decision")
+    confidence = np.array([decision.confidence for decision in decisions])
+    wrong = np.array([not decision.is_right for decision in decisions])
+    order = np.argsort(-confidence, kind="stable")
+    confidence, wrong = confidence[order], wrong[order]
+    ends = np.flatnonzero(np.append(confidence[1:] != confidence[:-1], True)) + 1  # questions answered at each point
+    risk = np.cumsum(wrong)[ends - 1] / ends
+    area = float((risk * np.diff(ends, prepend=0)).sum() / len(decisions))
+    coverage = ends / len(decisions)
+    return RiskCoverage(tuple(confidence[ends - 1].tolist()), tuple(coverage.tolist()), tuple(risk.tolist()), area)
+
+
+def auroc(
+    positive: "Sequence[float] | NDArray[np.float64]", negative: "Sequence[float] | NDArray[np.float64]"
+) -> float:
+    """P(a positive scores above a negative), ties counting half: the area under the ROC curve (Hanley & McNeil 1982).
+
+    0 to 1. Raises ValueError if one side is empty.
+    """
+    import numpy as np
+
+    if not len(positive) or not len(negative):
+        raise ValueError("an AUROC needs at least one positive and one negative")
+    below = np.sort(np.asarray(negative, dtype=np.float64))
+    sides: tuple[Literal["left", "right"], ...] = ("left", "right")
+    places = [np.searchsorted(below, positive, side=side) for side in sides]
+    return float(np.mean(places) / len(below))
+
+
+def auroc_interval(
+    positive: Sequence[float], negative: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
+    """AUROC in percent with its percentile bootstrap interval; positives and negatives are resampled apart."""
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    above, below = (np.asarray(side, dtype=np.float64) for side in (positive, negative))
+    value = auroc(above, below)
+    again = [auroc(generator.choice(above, len(above)), generator.choice(below, len(below))) for _ in range(resamples)]
+    low, high = np.percentile(again, (2.5, 97.5))
+    return Interval(100.0 * value, 100.0 * float(low), 100.0 * float(high))
+
+
+def calibration_error(decisions: Sequence[Decision], *, bins: int = 10) -> float:
+    """Expected calibration error (Guo et al. 2017, eq. 5) over bins of equal mass, not of equal width.
+
+    Sorted by confidence and cut into `bins` parts of equal size (our choice: 10; fewer if there are fewer decisions);
+    the mean over decisions of |mean confidence - share right| of their bin. 0 to 1.
+
+    Raises ValueError without decisions.
+    """
+    import numpy as np
+
+    if not decisions:
+        raise ValueError("a calibration error needs at least one decision")
+    ordered = sorted(decisions, key=lambda decision: (decision.confidence, decision.is_right))
+    confidence = np.array([decision.confidence for decision in ordered])
+    right = np.array([float(decision.is_right) for decision in ordered])
+    parts = np.array_split(np.arange(len(ordered)), min(bins, len(ordered)))
+    gaps = [abs(confidence[part].mean() - right[part].mean()) * len(part) for part in parts]
+    return float(sum(gaps) / len(ordered))
+
+
+def threshold_keeping(decisions: Sequence[Decision], share: float = 0.9) -> float:
+    """The highest confidence that can be asked for while at least `share` (0 to 1) of the right answers are given.
+
+    Answers with exactly this confidence are given. Raises ValueError if no answer is right.
+    """
+    right = sorted((decision.confidence for decision in decisions if decision.is_right), reverse=True)
+    if not right:
+        raise ValueError("no answer is right; there is nothing to keep")
+    return right[max(1, math.ceil(round(share * len(right), 9))) - 1]
+
+
+def refused(decisions: Iterable[Decision], threshold: float) -> list[float]:
+    """100.0 for each decision below the threshold, else 0.0: the values of a share with its interval."""
+    return [100.0 * (decision.confidence < threshold) for decision in decisions]
+
+
 # --- two runs ---------------------------------------------------------------------------------------------------------
 
 
@@ -509,8 +728,19 @@ class Comparison:
     changed: tuple[tuple[QuestionResult, QuestionResult], ...]
 
 
-def compare(first: Evaluation, second: Evaluation, *, seed: int = 0, resamples: int = RESAMPLES) -> Comparison:
-    """Paired comparison in the metrics that both have. Raises DataError if the two are not about the same questions."""
+def compare(
+    first: Evaluation,
+    second: Evaluation,
+    *,
+    metrics: Sequence[str] | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Comparison:
+    """Paired comparison in the metrics that both have (of `metrics`, if given).
+
+    Without a re-ranker in either of them, final_recall would repeat recall, and is left out unless asked for. Raises
+    DataError if the two are not about the same questions.
+    """
     other = {question.id: question for question in second.questions}
     here = {question.id for question in first.questions}
     if here != set(other):
@@ -522,6 +752,10 @@ def compare(first: Evaluation, second: Evaluation, *, seed: int = 0, resamples: 
         raise DataError(f"runs scored with different matchers cannot be paired: {first.matcher}, {second.matcher}.")
     pairs = [(question, other[question.id]) for question in first.questions]
     names = [score.name for score in first.scores if score.name in {score.name for score in second.scores}]
+    if metrics is not None:
+        names = [name for name in names if name in metrics]
+    elif not first.is_reranked and not second.is_reranked:
+        names = [name for name in names if Metric.parse(name).name != "final_recall"]
     return Comparison(
         tuple(_difference(Metric.parse(name), pairs, seed, resamples) for name in names),
         tuple((a, b) for a, b in pairs if a.em != b.em or a.outcome != b.outcome),
@@ -538,16 +772,83 @@ def _difference(
     return Difference(str(metric), math.fsum(first) / len(known), math.fsum(second) / len(known), delta, len(known))
 
 
+# What a re-ranker is for, in the order of a pipeline; the depths are our choice: the best passage, and DPR's 20.
+GAIN_METRICS = ("final_recall@1", "final_recall@20", "recall_in_context", "em", "f1")
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What the system `second` has more than `first` on one question set, paired by question."""
+
+    first: str
+    second: str
+    question_set: str
+    split: str
+    differences: tuple[Difference, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.first} -> {self.second}"
+
+    def check(self, expectations: Sequence["Expectation"]) -> list["Check"]:
+        """Put each expectation beside the difference. Raises DataError for a metric that one of the two lacks."""
+        found = {difference.name: difference for difference in self.differences}
+        missing = [expected.name for expected in expectations if expected.name not in found]
+        if missing:
+            raise DataError(f"{self.name} on {self.question_set}: {missing[0]} was not measured in both.")
+        return [Check(expected, self._score(found[expected.name])) for expected in expectations]
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of a result file: numbers with four decimals."""
+        rows = [
+            {
+                "name": item.name,
+                "from": round(item.first, 4),
+                "to": round(item.second, 4),
+                **{key: round(getattr(item.delta, key), 4) for key in ("value", "low", "high")},
+                "n": item.n,
+            }
+            for item in self.differences
+        ]
+        where = {"question_set": self.question_set, "split": self.split}
+        return {"from": self.first, "to": self.second, **where, "differences": rows}
+
+    def _score(self, item: Difference) -> Score:
+        interval = (item.delta.value, item.delta.low, item.delta.high)
+        return Score(item.name, *interval, item.n, self.question_set, self.split, "paired")
+
+
+def measure_gain(
+    first_name: str,
+    first: Evaluation,
+    second_name: str,
+    second: Evaluation,
+    *,
+    metrics: Sequence[str] = GAIN_METRICS,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Gain:
+    """`compare` two systems in some metrics, in their order. Metrics that one of the two lacks are left out."""
+    comparison = compare(first, second, metrics=metrics, seed=seed, resamples=resamples)
+    differences = tuple(sorted(comparison.differences, key=lambda item: metrics.index(item.name)))
+    return Gain(first_name, second_name, first.question_set, first.split, differences)
+
+
 # --- expectations -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """A number that a recipe promises: `value` give or take `tolerance`, both in the metric's unit."""
+    """A number that a recipe promises: `value` give or take `tolerance`, both in the metric's unit.
+
+    With `is_lower_bound` it may be larger; with `must_be_clear` its whole 95% interval must lie above 0, too.
+    """
 
     name: str
     value: float
     tolerance: float
+    is_lower_bound: bool = False
+    must_be_clear: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -560,7 +861,10 @@ class Check:
     @property
     def ok(self) -> bool:
         """Compared at the four decimals that scores.json keeps, so that a file and a fresh run agree."""
-        return round(abs(self.found.value - self.expected.value), 4) <= self.expected.tolerance
+        if self.expected.must_be_clear and round(self.found.low, 4) <= 0:
+            return False
+        above = round(self.found.value - self.expected.value, 4)
+        return above >= -self.expected.tolerance and (self.expected.is_lower_bound or above <= self.expected.tolerance)
 
 
 def check_expectations(evaluation: Evaluation, expectations: Sequence[Expectation]) -> list[Check]:
@@ -586,7 +890,10 @@ def _question_to_json(question: QuestionResult) -> dict[str, Any]:
         "f1": None if question.f1 is None else round(question.f1, 6),
         "retrieve_rank": question.retrieve_rank,
         "rerank_rank": question.rerank_rank,
+        "final_rank": question.final_rank,
         "in_context": question.in_context,
         "tokens": question.tokens,
         "passes": question.passes,
+        "confidence": None if question.confidence is None else round(question.confidence, 6),
+        "best_is_right": question.best_is_right,
     }

@@ -2,105 +2,64 @@
 
 Each packed passage is read apart, together with the question: [CLS] question [SEP] title [SEP] text [SEP]. Rows are
 made of separately tokenised pieces, so that prices add up exactly and what was packed is what is read, to the token.
-Distribution and loss: `odqa.frozen.spans`.
+Distribution and loss: `odqa.frozen.spans`. How likely an answer is right: `odqa.read.calibration`.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from torch.nn.functional import logsigmoid
 
-from odqa.errors import ArtifactError, DataError
+from odqa.artifacts import sha256_file, sha256_json
+from odqa.errors import ArtifactError, DataError, RecipeError
 from odqa.frozen.backbone import Backbone, fingerprint, load_backbone
-from odqa.frozen.method import Method, load_method, load_tensors
-from odqa.frozen.spans import SpanBatch, SpanHead, log_normaliser, span_scores
+from odqa.frozen.method import TENSORS, Method, load_method, load_tensors
+from odqa.frozen.rows import Rows
+from odqa.frozen.spans import SpanBatch, SpanHead, span_scores
+from odqa.read.calibration import CALIBRATION, Calibration, load_calibration
+from odqa.runtime import run_batches
 from odqa.text import normalize_answer
 from odqa.types import Answer, Candidate, Hit, PackedContext, Query, TokenCosts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 KIND = "span-reader"
 READER = "reader.json"
 HEAD = "head.safetensors"
 
-
-@dataclass(frozen=True, slots=True)
-class TokenisedPassage:
-    """Token ids of title and text; `offsets[i]` are the characters of the text that its token i covers."""
-
-    title: tuple[int, ...]
-    text: tuple[int, ...]
-    offsets: tuple[tuple[int, int], ...]
-
-
-class Rows:
-    """Assembles rows from pieces. Pieces are cached: a passage that is priced, packed and read is tokenised once."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", window: int) -> None:
-        special = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
-        if None in special:
-            raise DataError(
-                "span reader: the backbone's tokenizer lacks a [CLS], [SEP] or [PAD] token. Use an encoder."
-            )
-        self.cls, self.sep, self.pad = special
-        self.window = window
-        # A copy without the truncation (MiniLM: 128 tokens) and padding that a tokenizer file may switch on.
-        pieces = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        pieces.no_truncation()
-        pieces.no_padding()
-        encode = pieces.encode
-
-        @lru_cache(maxsize=16384)
-        def ids(text: str) -> tuple[int, ...]:
-            return tuple(encode(text, add_special_tokens=False).ids)
-
-        @lru_cache(maxsize=16384)
-        def passage(title: str, text: str) -> TokenisedPassage:
-            encoded = encode(text, add_special_tokens=False)
-            return TokenisedPassage(ids(title), tuple(encoded.ids), tuple(encoded.offsets))
-
-        self.question, self.passage = ids, passage
-
-    def length(self, question: str, title: str, text: str) -> int:
-        """Tokens of the whole row."""
-        passage = self.passage(title, text)
-        return 4 + len(self.question(question)) + len(passage.title) + len(passage.text)
-
-    def text_start(self, question: str, title: str) -> int:
-        """Index in the row of the text's first token."""
-        return 3 + len(self.question(question)) + len(self.question(title))
-
-    def batch(
-        self, pairs: Sequence[tuple[str, str, str]], question: Sequence[int], gold: Sequence[tuple[int, int, int]] = ()
-    ) -> SpanBatch:
-        """Rows for (question, title, text) triples, padded to a multiple of 16: many shapes make memory grow."""
-        width = -(-max(self.length(*pair) for pair in pairs) // 16) * 16
-        ids = torch.full((len(pairs), width), self.pad)
-        mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
-        in_text = torch.zeros_like(ids, dtype=torch.bool)
-        for r, (asked, title, text) in enumerate(pairs):
-            q, p = self.question(asked), self.passage(title, text)
-            row = [self.cls, *q, self.sep, *p.title, self.sep, *p.text, self.sep]
-            ids[r, : len(row)] = torch.tensor(row)
-            mask[r, : len(row)] = 1
-            types[r, 2 + len(q) : len(row)] = 1
-            in_text[r, len(row) - 1 - len(p.text) : len(row) - 1] = True
-        return SpanBatch(ids, mask, types, in_text, torch.tensor(question), torch.tensor(gold).reshape(-1, 3))
+# The numbers that a confidence is computed from, in nats.
+#   answer_odds  is there an answer? The highest, over passages, log-odds of a passage's spans against its own "no
+#                answer" (Devlin et al. 2019 take the best span instead of the sum; on tune they are alike). No prior of
+#                ranks is in it, and passages that rightly say "not here" have no say.
+#   choice       is it this one? log P(the answer | there is one).
+FEATURES = ("answer_odds", "choice")
 
 
 class SpanModel:
-    """The frozen encoder with its method attached and the span head: rows in, span scores out."""
+    """The frozen encoder with its method attached and the span head: rows in, span scores out.
 
-    def __init__(self, backbone: Backbone, method: Method, head: SpanHead, longest: int) -> None:
+    `no_answer` says what the head was trained for: "shared", the "no answer" entries of all passages compete in the one
+    softmax; "row", each passage's entry competes with its own spans only (`odqa.frozen.spans.row_loss`). `calibration`
+    turns numbers of a reading into a confidence; None: the reader is uncalibrated.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        method: Method,
+        head: SpanHead,
+        longest: int,
+        no_answer: Literal["shared", "row"] = "shared",
+        *,
+        calibration: Calibration | None = None,
+    ) -> None:
         self.backbone, self.method, self.longest = backbone, method, longest
+        self.no_answer, self.calibration = no_answer, calibration
         self.head = head.to(backbone.device)
         self.in_memory = fingerprint(backbone.model)  # after the cast to the compute type
         method.attach(backbone)
@@ -121,13 +80,32 @@ class SpanModel:
         return span_scores(self.head(states), batch.in_text, self.longest)
 
 
-class SpanReader:
-    """The reader stage. `abstain_above`: answer nothing when P(no answer) exceeds it (1.0: always answer).
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """An answer, and the numbers that its confidence comes from: all of `FEATURES`, None if no span was found."""
 
+    answer: Answer
+    features: Mapping[str, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _RowReading:
+    """One row by itself: log-sum over its spans, the score of its "no answer", its best spans (score, first, last)."""
+
+    log_spans: float
+    no_answer: float
+    spans: tuple[tuple[float, int, int], ...]
+
+
+class SpanReader:
+    """The reader stage. `abstain_below`: answer nothing when the confidence is lower (0.0: always answer).
+
+    Confidence needs a calibrated reader; without one it is None, and an `abstain_below` above 0 is a RecipeError.
     `candidates` spans are kept a question; equal texts (after SQuAD normalisation) are one candidate, with their
     probabilities added if `combine` is "sum". `rank_prior` w multiplies the probability of every span of the passage of
     rank r by r ** -w before normalising (our choice; 0: passages count alike). `batch_tokens` bounds rows x width of a
-    forward pass.
+    forward pass (None: what is fast on the device). Passages are read apart, so a row that is met again says the same:
+    the last `remember` rows are kept (0: none), which an evaluation of many packings uses.
     """
 
     def __init__(
@@ -137,13 +115,20 @@ class SpanReader:
         candidates: int = 5,
         combine: str = "sum",
         rank_prior: float = 0.0,
-        abstain_above: float = 1.0,
-        batch_tokens: int = 8192,
+        abstain_below: float = 0.0,
+        batch_tokens: int | None = None,
+        remember: int = 0,
     ) -> None:
+        if abstain_below > 0 and model.calibration is None:
+            raise RecipeError(
+                f"reader span: abstain_below is {abstain_below}, and this reader is uncalibrated, so that it has no "
+                "confidence. Calibrate it with scripts/calibrate_reader.py, or leave abstain_below out."
+            )
         self.model = model
         self.candidates, self.combine = candidates, combine
-        self.rank_prior, self.abstain_above = rank_prior, abstain_above
-        self.batch_tokens = batch_tokens
+        self.rank_prior, self.abstain_below = rank_prior, abstain_below
+        self.batch_tokens, self.remember = batch_tokens, remember
+        self._memory: dict[tuple[str, str, str], _RowReading] = {}
 
     @property
     def backbone(self) -> Backbone:
@@ -165,55 +150,96 @@ class SpanReader:
         lengths = [rows.length(query.text, hit.passage.title, hit.passage.text) for hit in hits]
         return TokenCosts(0, tuple(n if n <= rows.window else None for n in lengths), None)
 
-    @torch.inference_mode()
     def read(self, contexts: Sequence[PackedContext]) -> list[Answer]:
         """One answer a context; a context without passages is answered with an empty text and score 0 (certain)."""
-        rows = self.model.rows
+        return [reading.answer for reading in self.readings(contexts)]
+
+    def readings(self, contexts: Sequence[PackedContext]) -> list[Reading]:
+        """`read`, with what a calibration is fitted on."""
         pairs = [(c.query.text, hit.passage.title, hit.passage.text) for c in contexts for hit in c.hits]
-        owner = [index for index, context in enumerate(contexts) for _ in context.hits]
-        passages = [hit.passage for context in contexts for hit in context.hits]
-        priors = torch.tensor([prior for context in contexts for prior in self._priors(context)])
-        normalisers = torch.full((len(pairs),), float("-inf"))
-        no_answer = torch.full((len(pairs),), float("-inf"))
-        best: list[list[tuple[float, int, int, int]]] = [[] for _ in contexts]  # score, row, first, last token
-        for chunk in self._batches([rows.length(*pair) for pair in pairs]):
-            batch = rows.batch([pairs[r] for r in chunk], range(len(chunk))).to(self.backbone.device)
-            spans = self.model.spans(batch).float().cpu() + priors[chunk, None, None]
-            normalisers[chunk] = log_normaliser(spans, torch.arange(len(chunk)), len(chunk))
-            no_answer[chunk] = spans[:, 0, 0]
+        rows = iter(self._read_rows(pairs))
+        return [self._read_one(context, [next(rows) for _ in context.hits]) for context in contexts]
+
+    def _read_rows(self, pairs: Sequence[tuple[str, str, str]]) -> list["_RowReading"]:
+        """What each row (question, title, text) says by itself; rows that are remembered are not read again."""
+        found = [self._memory.get(pair) for pair in pairs]
+        asked = list(dict.fromkeys(pair for pair, row in zip(pairs, found, strict=True) if row is None))
+        new = dict(zip(asked, self._forward(asked), strict=True))
+        if self.remember:
+            self._memory |= new
+            for pair in list(itertools.islice(self._memory, max(0, len(self._memory) - self.remember))):
+                del self._memory[pair]  # the oldest
+        return [new[pair] if row is None else row for pair, row in zip(pairs, found, strict=True)]
+
+    def _forward(self, pairs: Sequence[tuple[str, str, str]]) -> list["_RowReading"]:
+        """The forward passes: rows of similar length together, `batch_tokens` at a time."""
+        rows, device = self.model.rows, self.backbone.device
+        readings: list[_RowReading | None] = [None] * len(pairs)
+
+        @torch.inference_mode()
+        def work(chunk: list[int]) -> None:
+            batch = rows.batch([pairs[r] for r in chunk], range(len(chunk))).to(device)
+            spans = self.model.spans(batch).float().cpu()  # (R, T, W)
+            no_answer = spans[:, 0, 0].clone()
             spans[:, 0, 0] = float("-inf")
-            scores, flat = spans.flatten(1).topk(min(4 * self.candidates, spans[0].numel()), dim=1)
+            log_spans = spans.flatten(1).logsumexp(1)
+            scores, places = spans.flatten(1).topk(min(4 * self.candidates, spans[0].numel()), dim=1)
             for i, r in enumerate(chunk):
-                for score, index in zip(scores[i].tolist(), flat[i].tolist(), strict=True):
-                    if score > float("-inf"):
-                        first, length = divmod(index, self.model.longest)
-                        best[owner[r]].append((score, r, first, first + length))
-        answers = []
-        for index, context in enumerate(contexts):
-            mine = [r for r, o in enumerate(owner) if o == index]
-            if not mine:
-                answers.append(Answer(context.query.id, "", 0.0))
-                continue
-            log_all = normalisers[mine].logsumexp(0).item()
-            log_none = no_answer[mine].logsumexp(0).item() - log_all
-            found = []
-            for score, r, first, last in sorted(best[index], key=lambda item: (-item[0], item[1:])):
-                asked, title, text = pairs[r]
-                offsets = rows.passage(title, text).offsets
-                at = rows.text_start(asked, title)
-                start, end = offsets[first - at][0], offsets[last - at][1]
-                found.append(Candidate(text[start:end], score - log_all, passages[r].id, start, end))
-            answers.append(self._answer(context.query.id, found, log_none))
-        return answers
+                best = zip(scores[i].tolist(), places[i].tolist(), strict=True)
+                found = [(score, *divmod(place, self.model.longest)) for score, place in best if score > float("-inf")]
+                spans_found = tuple((score, first, first + more) for score, first, more in found)
+                readings[r] = _RowReading(log_spans[i].item(), no_answer[i].item(), spans_found)
+
+        run_batches(work, [rows.length(*pair) for pair in pairs], device=device, batch_tokens=self.batch_tokens)
+        return [reading for reading in readings if reading is not None]
+
+    def _read_one(self, context: PackedContext, rows: Sequence["_RowReading"]) -> Reading:
+        """One answer from what the rows of its passages say."""
+        if not rows:
+            return self._decide(Answer(context.query.id, "", 0.0), None)
+        priors = torch.tensor(self._priors(context))
+        log_spans = torch.tensor([row.log_spans for row in rows]) + priors
+        no_answer = torch.tensor([row.no_answer for row in rows]) + priors
+        log_all, log_none = self._normaliser(log_spans, no_answer)
+        best = sorted(
+            (-(score + prior), number, first, last)
+            for number, (row, prior) in enumerate(zip(rows, priors.tolist(), strict=True))
+            for score, first, last in row.spans
+        )
+        found = []
+        for negated, number, first, last in best:
+            passage = context.hits[number].passage
+            offsets = self.model.rows.passage(passage.title, passage.text).offsets
+            at = self.model.rows.text_start(context.query.text, passage.title)
+            start, end = offsets[first - at][0], offsets[last - at][1]
+            found.append(Candidate(passage.text[start:end], -negated - log_all, passage.id, start, end))
+        answer = self._answer(context.query.id, found, log_none)
+        features = {
+            "answer_odds": (log_spans - no_answer).max().item(),
+            # Less log P(any answer), from the spans: 1 - P(no answer) is rounded away where it is small.
+            "choice": answer.score - (log_spans.logsumexp(0).item() - log_all),
+        }
+        return self._decide(answer, features if found else None)
+
+    def _normaliser(self, log_spans: torch.Tensor, no_answer: torch.Tensor) -> tuple[float, float]:
+        """What is subtracted from a span's score for its log-probability, and log P(no answer), from (R,) and (R,).
+
+        "shared": one softmax over everything. "row": P(no answer) is that of the passage that is least sure of it (our
+        choice; passages are no independent witnesses), and the spans of all passages share the rest.
+        """
+        if self.model.no_answer == "shared":
+            log_all = torch.cat([log_spans, no_answer]).logsumexp(0)
+            return log_all.item(), (no_answer.logsumexp(0) - log_all).item()
+        odds = (log_spans - no_answer).max()
+        return (log_spans.logsumexp(0) - logsigmoid(odds)).item(), logsigmoid(-odds).item()
 
     def _priors(self, context: PackedContext) -> list[float]:
         """What each passage's spans are given beforehand, in nats: less for a passage that was ranked lower."""
-        by_score = sorted(range(len(context.hits)), key=lambda place: -context.hits[place].score)
-        rank = {place: rank for rank, place in enumerate(by_score, 1)}
-        return [-self.rank_prior * math.log(rank[place]) for place in range(len(context.hits))]
+        ranks = context.ranks or range(1, len(context.hits) + 1)
+        return [-self.rank_prior * math.log(rank) for rank in ranks]
 
     def _answer(self, query_id: str, spans: list[Candidate], log_none: float) -> Answer:
-        """Join equal texts, put "no answer" among the candidates, and decide."""
+        """Join equal texts, and put "no answer" among the candidates; the best text comes first if there is one."""
         joined: dict[str, Candidate] = {}
         for span in spans:
             key = normalize_answer(span.text) or span.text
@@ -225,28 +251,35 @@ class SpanReader:
                 joined[key] = Candidate(kept.text, total, kept.passage_id, kept.start, kept.end)
         ranked = sorted(joined.values(), key=lambda candidate: -candidate.logprob)[: self.candidates]
         nothing = Candidate("", log_none)
-        abstains = not ranked or torch.tensor(log_none).exp().item() > self.abstain_above
-        chosen = nothing if abstains else ranked[0]
-        rest = sorted([*ranked, nothing], key=lambda candidate: -candidate.logprob)
-        return Answer(query_id, chosen.text, chosen.logprob, (chosen, *(c for c in rest if c is not chosen)))
+        chosen = ranked[0] if ranked else nothing
+        return Answer(query_id, chosen.text, chosen.logprob, _chosen_first(chosen, [*ranked, nothing]))
 
-    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Row numbers in order of length, cut so that rows x width stays within `batch_tokens` (one row at least)."""
-        batches: list[list[int]] = []
-        for r in sorted(range(len(lengths)), key=lambda r: (-lengths[r], r)):
-            if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= self.batch_tokens:
-                batches[-1].append(r)
-            else:
-                batches.append([r])
-        return batches
+    def _decide(self, answer: Answer, features: Mapping[str, float] | None) -> Reading:
+        """Say how sure the answer is, and withhold one that is not sure enough; where no span was found it is 0.0."""
+        calibration = self.model.calibration
+        if calibration is None:
+            return Reading(answer, features)
+        confidence = 0.0 if features is None else calibration.confidence(features)
+        if answer.text and confidence < self.abstain_below:
+            nothing = next(candidate for candidate in answer.candidates if not candidate.text)
+            candidates = _chosen_first(nothing, answer.candidates)
+            answer = replace(answer, text="", score=nothing.logprob, candidates=candidates)
+        return Reading(replace(answer, confidence=confidence), features)
+
+
+def _chosen_first(chosen: Candidate, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The chosen candidate, then the others, the likelier ones first."""
+    rest = sorted(candidates, key=lambda candidate: -candidate.logprob)
+    return (chosen, *(candidate for candidate in rest if candidate is not chosen))
 
 
 def save_span_reader(folder: Path, model: SpanModel, *, dtype: torch.dtype = torch.float16) -> None:
     """Write what was learned: the method, the head, and the settings that reading needs. The backbone is only named."""
+    (folder / CALIBRATION).unlink(missing_ok=True)  # of what lay here before
     model.method.save(folder, dtype=dtype)
     head = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in model.head.named_parameters()}
     save_file(head, folder / HEAD)
-    settings = {"backbone": model.backbone.name, "longest": model.longest}
+    settings = {"backbone": model.backbone.name, "longest": model.longest, "no_answer": model.no_answer}
     (folder / READER).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -255,7 +288,8 @@ def load_span_reader(
 ) -> SpanModel:
     """Load a saved span reader on its backbone (`backbone` names another place of the same weights).
 
-    Raises ArtifactError if the folder is no span reader, ArtifactMismatch if it was trained on another backbone.
+    It is calibrated if its folder holds a calibration.json. Raises ArtifactError if the folder is no span reader,
+    ArtifactMismatch if it was trained on another backbone, or calibrated as another reader.
     """
     settings_file = folder / READER
     if not settings_file.is_file():
@@ -267,4 +301,11 @@ def load_span_reader(
     load_tensors(head, load_file(folder / HEAD), str(folder / HEAD))
     method.requires_grad_(False)
     head.requires_grad_(False)
-    return SpanModel(frozen, method, head, int(settings["longest"]))
+    calibration = load_calibration(folder, reader=trained_part(folder), known=FEATURES)
+    no_answer = settings.get("no_answer", "shared")
+    return SpanModel(frozen, method, head, int(settings["longest"]), no_answer, calibration=calibration)
+
+
+def trained_part(folder: Path) -> str:
+    """The sha256 that stands for what a saved span reader has learned: its method and its head."""
+    return sha256_json([sha256_file(folder / name) for name in (TENSORS, HEAD)])

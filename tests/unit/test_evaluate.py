@@ -11,18 +11,27 @@ import pytest
 from odqa.errors import DataError
 from odqa.evaluate import (
     OUTCOMES,
+    Decision,
     Evaluation,
     Expectation,
     Metric,
     Outcome,
+    auroc,
+    auroc_interval,
     bootstrap_interval,
+    calibration_error,
     check_expectations,
     compare,
     evaluate,
     judge,
+    measure_gain,
     paired_difference,
+    refused,
+    risk_coverage,
+    selective,
+    threshold_keeping,
 )
-from odqa.types import Answer, Gold, Hit, PackedContext, Passage, Query, Step, Trace
+from odqa.types import Answer, Candidate, Gold, Hit, PackedContext, Passage, Query, Step, Trace
 
 # Passages y* hold the answer "Rome", n* do not.
 TEXTS = {**{f"y{i}": f"It is Rome ({i})." for i in range(3)}, **{f"n{i}": f"It is Bern ({i})." for i in range(30)}}
@@ -70,6 +79,7 @@ CASES: dict[str, tuple[Trace, Outcome]] = {
     "it was there to read": (a_trace(["Bern"], a_pass(1, ["n0", "y0"], None, ["n0", "y0"])), "misread"),
     "abstained with it in view": (a_trace([""], a_pass(1, ["y0"], None, ["y0"])), "misread"),
     "right": (a_trace(["rome!"], a_pass(1, ["n0", "y0"], None, ["n0", "y0"])), "correct"),
+    "right, re-ranked": (a_trace(["Rome"], a_pass(1, ["n0", "y0"], ["y0", "n0"], ["y0"])), "correct"),
     "right by heart": (a_trace(["Rome"], a_pass(1, ["n0"], None, ["n0"])), "correct without evidence"),
     "right, then wrong": (
         a_trace(["Rome", "Bern"], a_pass(1, ["y0"], None, ["y0"]), a_pass(2, ["n0"], None, ["n0"])),
@@ -184,6 +194,8 @@ def test_scores_are_percentages_worked_out_by_hand() -> None:
         "f1": 25.0,
         "recall@1": 0.0,
         "recall@2": 75.0,
+        "final_recall@1": 0.0,  # nothing re-ranks: the same
+        "final_recall@2": 75.0,
         "recall_in_context": 50.0,
         "tokens": (15 + 15 + 25 + 25) / 4,  # 5 for the question, 10 a passage
     }
@@ -195,7 +207,9 @@ def test_scores_are_percentages_worked_out_by_hand() -> None:
 
 def test_recall_is_measured_only_as_deep_as_the_run_went() -> None:
     names = [score.name for score in scored(*run_of(["right"]), depths=(1, 2, 3)).scores]
-    assert names == ["em", "f1", "recall@1", "recall@2", "recall_in_context", "tokens"]
+    assert names == [
+        "em", "f1", "recall@1", "recall@2", "final_recall@1", "final_recall@2", "recall_in_context", "tokens",
+    ]  # fmt: skip
 
 
 def test_reranked_runs_have_rerank_recall_and_closed_books_no_recall() -> None:
@@ -207,6 +221,8 @@ def test_reranked_runs_have_rerank_recall_and_closed_books_no_recall() -> None:
         "recall@2",
         "rerank_recall@1",
         "rerank_recall@2",
+        "final_recall@1",
+        "final_recall@2",
         "recall_in_context",
         "tokens",
     ]
@@ -263,10 +279,27 @@ def test_an_evaluation_comes_back_from_json_and_is_the_same_twice() -> None:
         Evaluation.from_json({"em": 1})
 
 
+def test_final_recall_is_that_of_the_ranking_that_is_packed_from() -> None:
+    plain = scored(*run_of(["without a re-ranker it was too low"]))  # n0 y0
+    reranked = scored(*run_of(["it did not fit"]))  # the same, re-ranked to y0 n0
+    assert (plain.score("final_recall@1").value, plain.score("final_recall@2").value) == (0.0, 100.0)
+    assert (reranked.score("recall@1").value, reranked.score("final_recall@1").value) == (0.0, 100.0)
+    assert (plain.is_reranked, reranked.is_reranked) == (False, True)
+
+
+@pytest.mark.parametrize("case", ["it did not fit", "without a re-ranker it was too low"])
+def test_scores_of_the_first_version_get_their_final_rank_when_read(case: str) -> None:
+    evaluation = scored(*run_of([case]))
+    record = evaluation.to_json()
+    for question in record["questions"]:
+        del question["final_rank"]
+    assert Evaluation.from_json(record).questions == evaluation.questions
+
+
 # --- metrics as values ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["em", "f1", "recall@20", "rerank_recall@5", "recall_in_context", "tokens"])
+@pytest.mark.parametrize("name", ["em", "recall@20", "rerank_recall@5", "final_recall@1", "recall_in_context"])
 def test_the_repr_of_a_metric_is_what_one_types(name: str) -> None:
     assert repr(Metric.parse(name)) == name
 
@@ -339,6 +372,152 @@ def test_expectations_hold_within_their_tolerance_and_miss_beyond_it() -> None:
         check_expectations(evaluation, [Expectation("recall@100", 90.0, 0.3)])
 
 
+@pytest.mark.parametrize(("bound", "ok"), [(33.3, True), (33.4, False), (-5.0, True)])
+def test_a_lower_bound_may_be_exceeded_and_not_missed(bound: float, ok: bool) -> None:
+    evaluation = scored(*run_of(["right", "it was there to read", "it was there to read"]))  # em 33.333...
+    (check,) = check_expectations(evaluation, [Expectation("em", bound, 0.0, is_lower_bound=True)])
+    assert check.ok is ok
+
+
+def test_a_gain_pairs_two_systems_in_its_metrics_in_their_order() -> None:
+    n = 30
+    without = scored(*run_of(["without a re-ranker it was too low"] * n))
+    reranked = scored(*run_of(["right, re-ranked"] * (n - 1) + ["it did not fit"]))
+    gain = measure_gain("a", without, "b", reranked, metrics=("em", "final_recall@1", "final_recall@20"))
+    assert [item.name for item in gain.differences] == ["em", "final_recall@1"]  # nothing went to depth 20
+    em, recall = gain.differences
+    # 29 of 30 questions became right, all 30 have the passage first now
+    assert (em.delta.value, recall.delta.value, em.n) == (pytest.approx(100 * 29 / 30), 100.0, 30)
+    assert gain.name == "a -> b" and gain.to_json()["differences"][1] == {
+        "name": "final_recall@1", "from": 0.0, "to": 100.0, "value": 100.0, "low": 100.0, "high": 100.0, "n": 30,
+    }  # fmt: skip
+    with pytest.raises(DataError, match="a -> b on toy: f1 was not measured in both"):
+        gain.check([Expectation("f1", 1.0, 0.0)])
+
+
+def test_the_lower_bound_of_a_gain_asks_for_an_interval_above_zero_too() -> None:
+    first = scored(*run_of(["it was there to read"] * 20))
+    for right, is_clear in ((1, False), (19, True)):  # one of 20: some resamples miss it, and the interval touches 0
+        second = scored(*run_of(["right"] * right + ["it was there to read"] * (20 - right)))
+        gain = measure_gain("a", first, "b", second)
+        bound = Expectation("em", 1.0, 0.0, is_lower_bound=True, must_be_clear=True)
+        (strict,), (loose,) = gain.check([bound]), gain.check([Expectation("em", 1.0, 0.0, is_lower_bound=True)])
+        assert (strict.ok, loose.ok) == (is_clear, True)
+
+
+def test_final_recall_is_compared_unless_it_repeats_recall() -> None:
+    plain, reranked = scored(*run_of(["right"])), scored(*run_of(["right, re-ranked"]))
+    assert "final_recall@1" not in {item.name for item in compare(plain, plain).differences}
+    assert "final_recall@1" in {item.name for item in compare(plain, reranked).differences}
+
+
 def test_scoring_and_reporting_load_no_torch() -> None:
     code = "import sys, odqa.evaluate, odqa.report, odqa.runs; assert not {'torch', 'numpy', 'rich'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- answering or not -------------------------------------------------------------------------------------------------
+
+
+def decisions(*pairs: tuple[float, bool]) -> list[Decision]:
+    return [Decision(confidence, is_right=is_right) for confidence, is_right in pairs]
+
+
+def test_risk_coverage_answers_the_surest_first_and_ties_together() -> None:
+    """0.9 right; 0.5 right and wrong, tied; 0.1 wrong: risks 0/1, 1/3, 2/4 at coverage 1/4, 3/4, 1."""
+    curve = risk_coverage(decisions((0.5, False), (0.9, True), (0.1, False), (0.5, True)))
+    assert curve.thresholds == (0.9, 0.5, 0.1)
+    assert curve.coverage == (0.25, 0.75, 1.0)
+    assert curve.risk == pytest.approx((0.0, 1 / 3, 0.5))
+    assert curve.area == pytest.approx((0.0 + 2 * (1 / 3) + 0.5) / 4)  # each question with the risk at its confidence
+
+
+def test_auroc_counts_pairs_and_halves_of_ties() -> None:
+    """Of the pairs (3,1) (3,2) (2,1) (2,2) three are in order and one is tied: 3.5 / 4."""
+    assert auroc([3.0, 2.0], [1.0, 2.0]) == pytest.approx(0.875)
+    assert auroc([1.0, 2.0], [3.0, 2.0]) == pytest.approx(0.125)
+
+
+def test_auroc_is_that_of_scikit_learn() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(4)
+    scores, is_right = generator.integers(0, 40, 300) / 40, generator.random(300) < 0.4  # many ties
+    assert auroc(scores[is_right], scores[~is_right]) == pytest.approx(metrics.roc_auc_score(is_right, scores))
+
+
+def test_auroc_interval_holds_its_value_and_repeats_with_its_seed() -> None:
+    generator = np.random.default_rng(5)
+    right, wrong = generator.normal(1, 1, 80), generator.normal(0, 1, 60)
+    interval = auroc_interval(right, wrong, resamples=300)
+    assert 50 < interval.low < interval.value < interval.high < 100
+    assert auroc_interval(right, wrong, resamples=300) == interval
+    assert auroc_interval([2.0], [1.0], resamples=10).low == 100.0  # nothing else can be drawn
+
+
+@pytest.mark.parametrize("sides", [([], [1.0]), ([1.0], [])])
+def test_auroc_needs_both_kinds(sides: tuple[list[float], list[float]]) -> None:
+    with pytest.raises(ValueError, match="at least one positive and one negative"):
+        auroc(*sides)
+
+
+def test_calibration_error_is_over_bins_of_equal_mass() -> None:
+    """Bins {0.1, 0.3} with one of two right and {0.8, 1.0} with both: |0.2 - 0.5| and |0.9 - 1.0|, each for half."""
+    found = decisions((1.0, True), (0.3, True), (0.8, True), (0.1, False))
+    assert calibration_error(found, bins=2) == pytest.approx(0.2)
+    assert calibration_error(found, bins=50) == pytest.approx((0.1 + 0.7 + 0.2 + 0.0) / 4)  # a bin a decision
+
+
+def test_a_threshold_keeps_at_least_the_share_of_right_answers() -> None:
+    """Ten right answers at 0.1 to 1.0: nine are kept from 0.2 on; 0.95 needs all ten. Wrong ones have no say."""
+    found = decisions(*((step / 10, True) for step in range(1, 11)), (0.05, False), (0.95, False))
+    assert threshold_keeping(found, 0.9) == pytest.approx(0.2)
+    assert threshold_keeping(found, 0.95) == pytest.approx(0.1)
+    assert refused(found, 0.2) == [100.0] + [0.0] * 9 + [100.0, 0.0]  # 0.1 and 0.05; who has 0.2 is answered
+    with pytest.raises(ValueError, match="no answer is right"):
+        threshold_keeping(decisions((0.5, False)))
+
+
+def test_a_withheld_answer_is_judged_by_its_best_candidate() -> None:
+    context = a_pass(1, ["y0"], None, ["y0"])
+    withheld = Answer("q", "", -0.1, (Candidate("", -0.1), Candidate("Rome", -2.0), Candidate("Bern", -3.0)), 1, 0.2)
+    trace = Trace(Query("q", "?"), tuple(context[0]), (withheld,), (context[1],))
+    question = judge(trace, ROME, TEXTS.__getitem__)
+    assert not question.em and question.decision == Decision(0.2, is_right=True, is_answerable=True)
+    unanswerable = judge(trace, Gold("q", ()), TEXTS.__getitem__)
+    assert unanswerable.em and unanswerable.decision == Decision(0.2, is_right=False, is_answerable=False)
+    uncalibrated = judge(a_trace(["Rome"], context), ROME, TEXTS.__getitem__)
+    assert uncalibrated.confidence is None and uncalibrated.decision is None
+
+
+def test_selective_scores_come_back_from_json_with_the_questions() -> None:
+    def run(confidence: float | None) -> Evaluation:
+        traces = []
+        for name, text in (("a", "Rome"), ("b", "Bern")):
+            context = a_pass(1, ["y0"], None, ["y0"])
+            surer = None if confidence is None else confidence + 0.1 * (text == "Rome")
+            answers = (Answer(name, text, -1.0, (Candidate(text, -1.0),), 1, surer),)
+            traces.append(Trace(Query(name, "?"), tuple(context[0]), answers, (context[1],)))
+        gold = [Gold("a", ("Rome",)), Gold("b", ())]
+        return evaluate(traces, gold, TEXTS.__getitem__, question_set="toy", split="dev", resamples=20)
+
+    evaluation = run(0.5)
+    found = evaluation.selective
+    assert found is not None and (found.n, found.answerable, found.right) == (2, 1, 1)
+    assert found.auroc_right is not None and found.auroc_right.value == 100.0
+    assert found.calibration_error == pytest.approx(100 * ((1 - 0.6) + 0.5) / 2)
+    record = json.loads(json.dumps(evaluation.to_json()))
+    assert record["selective"]["auroc_answerable"]["value"] == 100.0
+    assert Evaluation.from_json(record).selective == found
+    assert run(None).selective is None
+    old = {
+        **record,
+        "questions": [
+            {k: v for k, v in q.items() if "best" not in k and k != "confidence"} for q in record["questions"]
+        ],
+    }
+    assert Evaluation.from_json(old).selective is None  # scores.json of the first version
+
+
+def test_one_kind_of_question_has_no_separation() -> None:
+    found = selective(decisions((0.2, True), (0.4, True)), resamples=10)
+    assert found.auroc_right is None and found.auroc_answerable is None and found.aurc == 0.0

@@ -1,19 +1,21 @@
 """The span reader stage and its training groups, on a tiny encoder with random weights."""
 
-import json
+import copy
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from odqa.errors import ArtifactError, ArtifactMismatch, DataError
+from odqa.errors import ArtifactError, ArtifactMismatch, DataError, RecipeError
 from odqa.frozen.backbone import Backbone, load_backbone
 from odqa.frozen.method import create_method
 from odqa.frozen.spans import SpanHead
 from odqa.pack import GreedyPacker
-from odqa.read.span import SpanModel, SpanReader, load_span_reader, save_span_reader
-from odqa.read.train import Example, GroupSettings, SpanBatches, gold_passage_scores, read_examples, token_spans
-from odqa.types import Gold, PackedContext, Passage, Query
+from odqa.read.calibration import Calibration
+from odqa.read.span import FEATURES, SpanModel, SpanReader, load_span_reader, save_span_reader, trained_part
+from odqa.types import Answer, Candidate, PackedContext, Query
 from tests.tiny_models import tiny_bert
 from tests.unit.conformance_read import HITS, QUERIES, ReaderConformance
 
@@ -79,11 +81,79 @@ def test_passages_are_read_the_same_in_any_batch(model: SpanModel) -> None:
         assert first.score == pytest.approx(second.score, abs=1e-4)
 
 
-def test_abstains_when_no_answer_is_likely_enough(model: SpanModel) -> None:
-    never, always = SpanReader(model, abstain_above=1.0), SpanReader(model, abstain_above=0.0)
-    assert all(answer.text for answer in never.read(contexts(never)))
-    refused = always.read(contexts(always))
-    assert all(answer.text == "" and answer.candidates[0].text == "" for answer in refused)
+def calibrated(model: SpanModel, calibration: Calibration | None) -> SpanModel:
+    """The same model with another calibration; the method stays attached to the one backbone."""
+    twin = copy.copy(model)
+    twin.calibration = calibration
+    return twin
+
+
+HALF = Calibration(FEATURES, (0.0,) * len(FEATURES), 0.0, "r")  # confidence 0.5 whatever is read
+
+
+def test_abstains_below_the_confidence_asked_for_and_keeps_what_it_would_have_said(model: SpanModel) -> None:
+    sure = calibrated(model, HALF)
+    given, withheld = SpanReader(sure, abstain_below=0.5), SpanReader(sure, abstain_below=0.51)
+    for answer, refused in zip(given.read(contexts(given)), withheld.read(contexts(withheld)), strict=True):
+        assert answer.text and not refused.text and refused.confidence == answer.confidence == 0.5
+        assert refused.candidates[0] == Candidate("", refused.score)
+        assert sorted(refused.candidates, key=str) == sorted(answer.candidates, key=str)
+        best = next(candidate for candidate in refused.candidates if candidate.text)
+        assert best.text == answer.text
+
+
+def test_a_reader_without_a_calibration_has_no_confidence_and_cannot_abstain_by_it(model: SpanModel) -> None:
+    reader = SpanReader(model)
+    assert all(answer.text and answer.confidence is None for answer in reader.read(contexts(reader)))
+    with pytest.raises(RecipeError, match=r"abstain_below is 0.3, and this reader is uncalibrated"):
+        SpanReader(model, abstain_below=0.3)
+
+
+def test_confidence_is_computed_from_the_features_of_the_reading(model: SpanModel) -> None:
+    reader = SpanReader(calibrated(model, Calibration(("choice",), (2.0,), 1.0, "r")))
+    for reading in reader.readings(contexts(reader)):
+        assert reading.features is not None and reading.answer.confidence is not None
+        odds = math.log(reading.answer.confidence / (1 - reading.answer.confidence))
+        assert odds == pytest.approx(2 * reading.features["choice"] + 1, abs=1e-3)
+
+
+@pytest.mark.parametrize("no_answer", ["shared", "row"])
+@pytest.mark.parametrize("rank_prior", [0.0, 2.0])
+def test_features_are_what_their_names_say(model: SpanModel, no_answer: str, rank_prior: float) -> None:
+    """Worked out again from the scores of all spans, passage by passage; the prior of ranks leaves odds alone."""
+    twin = copy.copy(model)
+    twin.no_answer = no_answer
+    reader = SpanReader(twin, candidates=5000, combine="max", rank_prior=rank_prior)
+    context = GreedyPacker(reader, 100).pack(QUERIES[:1], HITS[:1])[0]
+    assert len(context.hits) >= 2
+    reading = reader.readings([context])[0]
+    odds = []
+    for hit in context.hits:
+        batch = model.rows.batch([(context.query.text, hit.passage.title, hit.passage.text)], [0])
+        with torch.inference_mode():
+            spans = model.spans(batch).flatten().sort(descending=True).values
+            none = model.spans(batch)[0, 0, 0]
+        answers = spans[spans != none]
+        odds.append((answers.logsumexp(0) - none).item())
+    chosen, *others = reading.answer.candidates
+    log_none = next(c.logprob for c in others if not c.text)
+    assert reading.features is not None and reading.features.keys() == set(FEATURES)
+    assert reading.features["answer_odds"] == pytest.approx(max(odds), abs=1e-3)
+    expected = chosen.logprob - math.log(1 - math.exp(log_none))
+    assert reading.features["choice"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_no_answer_of_a_row_is_judged_within_the_row(model: SpanModel) -> None:
+    """P(no answer) is 1 - sigmoid(the highest odds of a passage), and all spans share the rest."""
+    twin = copy.copy(model)
+    twin.no_answer = "row"
+    reader = SpanReader(twin, candidates=5000)
+    context = GreedyPacker(reader, 100).pack(QUERIES[:1], HITS[:1])[0]
+    reading = reader.readings([context])[0]
+    probability = {c.text: math.exp(c.logprob) for c in reading.answer.candidates}
+    assert reading.features is not None
+    assert probability[""] == pytest.approx(1 / (1 + math.exp(reading.features["answer_odds"])), abs=1e-4)
+    assert sum(probability.values()) == pytest.approx(1.0, abs=1e-4)
 
 
 def test_a_rank_prior_weighs_spans_by_the_rank_of_their_passage(model: SpanModel) -> None:
@@ -105,7 +175,9 @@ def test_a_rank_prior_weighs_spans_by_the_rank_of_their_passage(model: SpanModel
 
 
 def test_nothing_packed_means_no_answer(model: SpanModel) -> None:
-    assert SpanReader(model).read([PackedContext(QUERIES[0], "", (), 0, 100)])[0].text == ""
+    nothing = PackedContext(QUERIES[0], "", (), 0, 100)
+    assert SpanReader(model).read([nothing])[0] == Answer(QUERIES[0].id, "", 0.0)
+    assert SpanReader(calibrated(model, HALF)).read([nothing])[0].confidence == 0.0  # no candidate can be right
 
 
 def test_the_price_is_the_row_that_is_read(model: SpanModel) -> None:
@@ -128,6 +200,19 @@ def test_saved_and_loaded_reads_the_same(folder: Path, model: SpanModel, tmp_pat
     assert loaded.read(contexts(loaded)) == reader.read(contexts(reader))
 
 
+def test_a_calibration_is_loaded_with_its_reader_and_goes_when_the_reader_is_saved_anew(
+    model: SpanModel, folder: Path, tmp_path: Path
+) -> None:
+    save_span_reader(tmp_path, model)
+    replace(HALF, reader=trained_part(tmp_path)).save(tmp_path)
+    assert SpanReader(load_span_reader(tmp_path, device="cpu"), abstain_below=0.4).model.calibration is not None
+    save_span_reader(tmp_path, model)
+    assert load_span_reader(tmp_path, device="cpu").calibration is None
+    HALF.save(tmp_path)
+    with pytest.raises(ArtifactMismatch, match="fitted on reader r; the reader here is"):
+        load_span_reader(tmp_path, device="cpu")
+
+
 def test_another_backbone_is_refused(model: SpanModel, tmp_path: Path) -> None:
     save_span_reader(tmp_path / "reader", model)
     with pytest.raises(ArtifactMismatch, match="trained on backbone"):
@@ -137,70 +222,3 @@ def test_another_backbone_is_refused(model: SpanModel, tmp_path: Path) -> None:
 def test_a_folder_without_a_reader_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"not a span reader \(reader.json is missing\)"):
         load_span_reader(tmp_path)
-
-
-# --- training groups --------------------------------------------------------------------------------------------------
-
-EXAMPLES = [
-    Example(
-        f"which river is in town {i}",
-        ("the tiber",),
-        Passage(f"p{i}", "old bridges cross the tiber, and the tiber is long" + " and long" * (i % 5), "rome"),
-        (Passage("n", "gold, silver and iron", "metals"),),
-        "a" if i % 2 else "b",
-    )
-    for i in range(12)
-]
-
-
-def test_every_occurrence_of_an_answer_is_a_right_span(model: SpanModel) -> None:
-    example = EXAMPLES[0]
-    offsets = model.rows.passage(example.passage.title, example.passage.text).offsets
-    spans = token_spans(model.rows, example, 8)
-    assert len(spans) == 2
-    for first, last in spans:
-        assert example.passage.text[offsets[first][0] : offsets[last][1]] == "the tiber"
-
-
-def test_batches_depend_on_seed_and_number_alone(model: SpanModel) -> None:
-    settings = GroupSettings(groups=4, seed=1)
-    first, second = (SpanBatches(EXAMPLES, model.rows, 8, settings) for _ in range(2))
-    for index in (5, 0, 3):  # in any order, over epochs of three batches
-        ours, theirs = first(index), second(index)
-        assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.gold, theirs.gold)
-        _ = second(7)  # a visit to another epoch changes nothing
-
-
-def test_every_question_has_a_right_span_or_no_answer(model: SpanModel) -> None:
-    batches = SpanBatches(EXAMPLES, model.rows, 8, GroupSettings(groups=4, negative_share=0.5, unanswerable_share=0.5))
-    kinds = set()
-    for index in range(12):
-        batch = batches(index)
-        assert set(batch.question.tolist()) == {0, 1, 2, 3}
-        assert set(batch.question[batch.gold[:, 0]].tolist()) == {0, 1, 2, 3}
-        for row, first, last in batch.gold.tolist():
-            kinds.add("none" if first == 0 else "span")
-            assert first == 0 or (batch.in_text[row, first] and batch.in_text[row, last])
-    assert kinds == {"none", "span"}
-
-
-def test_source_weights_repeat_rows(model: SpanModel) -> None:
-    batches = SpanBatches(EXAMPLES, model.rows, 8, GroupSettings(groups=1, source_weights={"a": 3}))
-    assert batches.per_epoch == 6 * 3 + 6
-
-
-def test_reading_examples_names_the_line_that_is_wrong(tmp_path: Path) -> None:
-    row = {"id": "1", "question": "q", "answers": ["a"], "title": "t", "passage": "a", "negative_ids": [7]}
-    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"id": "2"}) + "\n")
-    examples = read_examples(tmp_path / "train.jsonl", {"7": Passage("7", "x")})
-    assert next(examples).negatives == (Passage("7", "x"),)
-    with pytest.raises(DataError, match=r"train.jsonl, line 2: 'question'"):
-        next(examples)
-
-
-def test_gold_passage_scores_are_percent(model: SpanModel) -> None:
-    passage = Passage("g", "paris")
-    scores = gold_passage_scores(
-        SpanReader(model), [(Query("q", "city"), Gold("q", ("paris",), ("g",)))], {"g": passage}
-    )
-    assert scores == {"em": 100.0, "f1": 100.0}  # one word, so one span
