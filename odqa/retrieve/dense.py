@@ -9,9 +9,7 @@ torch and transformers are imported when an encoder is loaded. This module knows
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +21,7 @@ from odqa.artifacts import Draft, sha256_file
 from odqa.corpus.store import PassageStore
 from odqa.errors import DataError
 from odqa.models import embedded_folder, quiet_loading
-from odqa.runtime import choose_device, choose_dtype, progress
+from odqa.runtime import choose_device, choose_dtype, progress, run_batches
 from odqa.types import Passage
 
 if TYPE_CHECKING:
@@ -33,8 +31,6 @@ Pooling = Literal["auto", "mean", "cls", "pooler"]
 Titles = Literal["space", "newline", "pair", "none"]
 
 PART_ROWS = 8192  # passages a part: a minute or two of work on two cores, which is what a kill costs at most
-# Tokens a batch, on a processor and on a CUDA device. Measured for MiniLM: activations should stay in the cache.
-BATCH_TOKENS = (2048, 65_536)
 _LENGTH_STEP = 8  # batches are padded to multiples of this, because ever-changing shapes make the CPU allocator grow
 _LONGEST = 512  # tokens, if neither settings nor the folder know a limit
 # Names of a model's inputs, and of the fields of tokenizers.Encoding that fill them.
@@ -249,7 +245,7 @@ class _Tower:
     def __init__(self, folder: Path, settings: EncoderSettings, device: str, batch_tokens: int | None) -> None:
         self._device = choose_device(device)
         self._settings = settings
-        self._batch_tokens = batch_tokens or BATCH_TOKENS[self._device.type == "cuda"]
+        self._batch_tokens = batch_tokens
         self._model = _load_model(folder, choose_dtype(settings.dtype, self._device)).to(self._device)
         self._tokenizer = _load_tokenizer(folder)
         self._positions = getattr(self._model.config, "max_position_embeddings", None) or _LONGEST
@@ -271,13 +267,7 @@ class _Tower:
                 vectors[batch] = self._encode_batch([encodings[i] for i in batch])
 
         lengths = [len(encoding.ids) for encoding in encodings]
-        if self._device.type != "cpu" or torch.get_num_threads() == 1:
-            for batch in _batches(lengths, self._batch_tokens):
-                work(batch)
-        else:
-            share = -(-sum(lengths) // torch.get_num_threads())
-            with _single_threaded_workers() as pool:
-                list(pool.map(work, _batches(lengths, min(self._batch_tokens, share))))
+        run_batches(work, lengths, device=self._device, batch_tokens=self._batch_tokens, step=_LENGTH_STEP)
         return vectors
 
     def _encode_batch(self, encodings: Sequence[Any]) -> np.ndarray:
@@ -305,23 +295,6 @@ def _check_length(folder: Path, settings: EncoderSettings, positions: int) -> No
             raise DataError(f"encoder {folder}: {side}_max_tokens is {limit}, the model reads at most {positions}.")
 
 
-@contextmanager
-def _single_threaded_workers() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch would use for one operation, each of which runs its own operations alone.
-
-    A batch a thread needs no barriers between threads, at which an operation spread over all cores stands still when
-    another process wants one of them: measured three times as fast then, for a single question twenty times.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)  # the workers' calls also told torch what threads made later begin with
-
-
 def _pool(output: Any, mask: "torch.Tensor", pooling: Pooling) -> "torch.Tensor":
     """One float32 vector a text (B, D). DPR's models give theirs, projected, as `pooler_output`."""
     if pooling == "pooler":
@@ -334,16 +307,6 @@ def _pool(output: Any, mask: "torch.Tensor", pooling: Pooling) -> "torch.Tensor"
         return states[:, 0]
     weights = mask.unsqueeze(-1).float()
     return (states * weights).sum(dim=1) / weights.sum(dim=1)
-
-
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Cut texts into batches of at most `batch_tokens` padded tokens, longest texts first (memory peaks at once)."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    start = 0
-    while start < len(order):
-        size = max(1, batch_tokens // _round_up(lengths[order[start]], _LENGTH_STEP))
-        yield order[start : start + size]
-        start += size
 
 
 def _round_up(value: int, step: int) -> int:

@@ -1,4 +1,4 @@
-"""The cross-encoder re-ranker on tiny random models, against sentence-transformers."""
+"""The cross-encoder re-ranker on tiny random models: against sentence-transformers, and the artifacts of training."""
 
 import logging
 import math
@@ -6,11 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from odqa.errors import DataError, RecipeError
-from odqa.rerank.cross import CrossEncoderReranker, _batches
-from odqa.types import Passage, Query
+from odqa import config
+from odqa.artifacts import building
+from odqa.errors import ArtifactError, ArtifactMismatch, DataError, RecipeError
+from odqa.frozen.backbone import load_backbone
+from odqa.frozen.method import create_method
+from odqa.frozen.pairs import PairHead
+from odqa.recipes import build_reranker
+from odqa.rerank.cross import CrossEncoderReranker
+from odqa.rerank.models import HubModel, TrainedModel, export_classifier
+from odqa.rerank.train import PairModel, rank_candidates, save_reranker
+from odqa.types import Hit, Passage, Query
 from tests.tiny_models import tiny_bert, tiny_cross_encoder
 from tests.unit.conformance_read import HITS, QUERIES, RerankerConformance, ranked
 
@@ -23,6 +32,36 @@ def one_label(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def two_labels(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_cross_encoder(tmp_path_factory.mktemp("cross") / "two", 2))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_bert(tmp_path_factory.mktemp("bert") / "bert"))
+
+
+METHODS = {"lora": {"rank": 4, "alpha": 8.0}, "deep-prompt": {"length": 3}, "fine-tuning": {"skip": ["pooler"]}}
+
+
+def pair_model(bert: str, kind: str = "lora") -> PairModel:
+    """A re-ranker as training has it, the method attached and every trained value moved."""
+    backbone = load_backbone(bert, "encoder", device="cpu", dtype="float32")
+    model = PairModel(backbone, create_method(kind, backbone, **METHODS[kind]), PairHead(backbone.width))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*model.method.parameters(), *model.head.parameters()):
+            tensor.add_(torch.randn_like(tensor) * 0.3)
+    return model
+
+
+def save_artifact(folder: Path, model: PairModel) -> str:
+    with building(folder, "reranker", recipe={}, inputs={}) as draft:
+        save_reranker(draft.path, model, dtype=torch.float32)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def artifact(bert: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_artifact(tmp_path_factory.mktemp("artifacts") / "reranker", pair_model(bert))
 
 
 def load(model: str, **settings: object) -> CrossEncoderReranker:
@@ -39,6 +78,12 @@ class TestTwoLabelsInSmallBatches(RerankerConformance):
     @pytest.fixture(scope="class")
     def reranker(self, two_labels: str) -> CrossEncoderReranker:
         return load(two_labels, batch_tokens=70)
+
+
+class TestTrainedArtifact(RerankerConformance):
+    @pytest.fixture(scope="class")
+    def reranker(self, artifact: str) -> CrossEncoderReranker:
+        return load(artifact)
 
 
 def test_scores_equal_those_of_sentence_transformers(one_label: str) -> None:
@@ -137,26 +182,22 @@ def test_a_pair_of_the_whole_window_is_scored(tmp_path: Path) -> None:
 
 def test_a_score_that_is_not_a_number_names_query_and_passage(one_label: str) -> None:
     reranker = load(one_label)
-    reranker.model.classifier.bias.data.fill_(math.nan)
+    assert isinstance(reranker.model, HubModel)
+    reranker.model.model.classifier.bias.data.fill_(math.nan)
     with pytest.raises(DataError, match=r"query q-capital, passage p1: .* score nan in float32"):
         reranker.rerank(QUERIES, HITS)
 
 
 def test_bfloat16_keeps_the_last_layer_in_float32(one_label: str) -> None:
     reranker = load(one_label, dtype="bfloat16")
+    assert isinstance(reranker.model, HubModel)
     assert reranker.model.dtype == torch.bfloat16
-    assert reranker.model.classifier.weight.dtype == torch.float32
+    assert reranker.model.model.classifier.weight.dtype == torch.float32
     exact = {hit.passage.id: hit.score for hit in load(one_label).rerank(QUERIES[:1], HITS[:1])[0]}
     for hit in reranker.rerank(QUERIES[:1], HITS[:1])[0]:
         # Activations of 8 significant bits through two layers: within a few percent of the scores' range (about 4).
         assert hit.score == pytest.approx(exact[hit.passage.id], abs=0.3)
         assert hit.score != float(torch.tensor(hit.score).bfloat16())
-
-
-def test_batches_hold_rows_of_similar_length_within_the_budget_of_tokens() -> None:
-    # Padded to multiples of 16: 16, 48, 32, 16, 80; longest first, at most 64 tokens a batch or a single row.
-    assert list(_batches([5, 40, 17, 16, 70], 64)) == [[4], [1], [2, 3], [0]]
-    assert list(_batches([], 64)) == []
 
 
 @pytest.mark.parametrize(
@@ -166,8 +207,168 @@ def test_batches_hold_rows_of_similar_length_within_the_budget_of_tokens() -> No
         ({"positive_label": 2}, "positive_label"),
         ({"max_tokens": 4}, "max_tokens"),
         ({"max_tokens": 4096}, "at most 128"),
+        ({"retriever_weight": -0.5}, "retriever_weight"),
+        ({"retriever_weight": math.nan}, "retriever_weight"),
     ],
 )
 def test_settings_out_of_range_are_refused(one_label: str, settings: dict[str, int], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load(one_label, **settings)
+
+
+# --- the scores that hits come with -----------------------------------------------------------------------------------
+
+
+def test_the_retriever_weight_adds_its_share_of_the_incoming_score(one_label: str) -> None:
+    plain = {hit.passage.id: hit.score for hit in load(one_label).rerank(QUERIES[:1], HITS[:1])[0]}
+    incoming = {hit.passage.id: hit.score for hit in HITS[0]}
+    (mixed,) = load(one_label, retriever_weight=0.5).rerank(QUERIES[:1], HITS[:1])
+    assert {hit.passage.id: hit.score for hit in mixed} == pytest.approx(
+        {name: plain[name] + 0.5 * incoming[name] for name in plain}, abs=1e-5
+    )
+    assert [hit.score for hit in mixed] == sorted((hit.score for hit in mixed), reverse=True)
+    (overruled,) = load(one_label, retriever_weight=1e6).rerank(QUERIES[:1], HITS[:1])
+    assert [hit.passage.id for hit in overruled] == [hit.passage.id for hit in HITS[0]]
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+def test_an_incoming_score_that_is_not_finite_counts_only_at_weight_zero(one_label: str, score: float) -> None:
+    hits = [HITS[0][0], Hit(HITS[0][1].passage, score, "elsewhere")]
+    with pytest.raises(DataError, match=r"query q-capital, passage p2: it comes from 'elsewhere' with the score"):
+        load(one_label, retriever_weight=0.1).rerank(QUERIES[:1], [hits])
+    assert all(math.isfinite(hit.score) for hit in load(one_label).rerank(QUERIES[:1], [hits])[0])
+
+
+# --- what odqa train made ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted(METHODS))
+def test_an_artifact_scores_as_its_model_did_in_training(bert: str, kind: str, tmp_path: Path) -> None:
+    model = pair_model(bert, kind)
+    loaded = load(save_artifact(tmp_path / "artifact", model))
+    for query, hits, ranking in zip(QUERIES, HITS, loaded.rerank(QUERIES, HITS), strict=True):
+        expected = rank_candidates(model, query, hits)  # LoRA attached, and all tokens in all layers
+        assert [hit.passage for hit in ranking] == [hit.passage for hit in expected]
+        # Merging sums W and B A before the product and not after: float32 rounds elsewhere.
+        assert [hit.score for hit in ranking] == pytest.approx([hit.score for hit in expected], abs=1e-4)
+
+
+def test_lora_is_merged_and_only_the_first_token_leaves_the_last_layer(artifact: str) -> None:
+    model = load(artifact).model
+    assert isinstance(model, TrainedModel)
+    hooks = [module for module in model.backbone.model.modules() if module._forward_hooks]
+    assert hooks == []
+    ids = torch.arange(10, 30).reshape(2, 10)
+    states = model.backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    assert states.shape == (2, 1, 32)
+
+
+def test_an_artifact_computes_in_bfloat16_and_scores_in_float32(artifact: str) -> None:
+    exact = {hit.passage.id: hit.score for hit in load(artifact).rerank(QUERIES[:1], HITS[:1])[0]}
+    reranker = load(artifact, dtype="bfloat16")
+    assert reranker.model.dtype == torch.bfloat16
+    for hit in reranker.rerank(QUERIES[:1], HITS[:1])[0]:
+        # Activations of 8 significant bits through two layers, against a range of the scores of about 5.
+        assert hit.score == pytest.approx(exact[hit.passage.id], abs=0.4)
+        assert hit.score != float(torch.tensor(hit.score).bfloat16())
+
+
+def test_the_recipe_kind_takes_an_artifact_by_its_folder(artifact: str) -> None:
+    settings = config.CrossEncoder(kind="cross-encoder", model=artifact, device="cpu", dtype="float32")
+    reranker = build_reranker(settings)
+    assert reranker is not None
+    assert reranker.rerank(QUERIES, HITS) == load(artifact).rerank(QUERIES, HITS)
+
+
+def test_an_embedded_name_that_is_not_there_says_where_it_was_looked_for() -> None:
+    with pytest.raises(DataError, match=r"embedded:no-such-reranker: no such file \(.*assets/no-such-reranker\)"):
+        build_reranker(config.CrossEncoder(kind="cross-encoder", model="embedded:no-such-reranker"))
+
+
+def test_an_artifact_cuts_the_end_of_a_long_passage_and_counts_it(
+    artifact: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The question has 6 tokens, [CLS] and three [SEP] are 4, the title 1: of 20 they leave 9 words of the text.
+    query = Query("q", "what is the capital of france")
+    long = Passage("p", "the river " * 50, "rome")
+    with caplog.at_level(logging.WARNING, "odqa.rerank.cross"):
+        (cut,) = load(artifact, max_tokens=20).rerank([query], [ranked(long)])
+    assert caplog.messages == ["rerank: 1 of 1 passages were cut at 20 tokens"]
+    (whole,) = load(artifact).rerank([query], [ranked(Passage("p", " ".join(["the river"] * 4 + ["the"]), "rome"))])
+    assert cut[0].score == pytest.approx(whole[0].score, abs=1e-5)
+    assert cut[0].passage == long
+
+
+def test_an_artifact_refuses_a_question_that_leaves_no_room(artifact: str) -> None:
+    with pytest.raises(DataError, match=r"query q-long: the question takes 200 tokens, .* at most 128"):
+        load(artifact).rerank([Query("q-long", "who " * 200)], [HITS[0]])
+    # 16 words and 4 special tokens fill 20; 15 leave one for the passage.
+    with pytest.raises(DataError, match="the question takes 16 tokens"):
+        load(artifact, max_tokens=20).rerank([Query("q", "who " * 16)], [HITS[0]])
+    assert len(load(artifact, max_tokens=20).rerank([Query("q", "who " * 15)], [HITS[0]])[0]) == len(HITS[0])
+
+
+def test_an_artifact_whose_scores_are_not_numbers_names_query_and_passage(artifact: str) -> None:
+    reranker = load(artifact)
+    assert isinstance(reranker.model, TrainedModel)
+    reranker.model.head.bias.data.fill_(math.nan)
+    with pytest.raises(DataError, match=r"query q-capital, passage p1: .* score nan in float32"):
+        reranker.rerank(QUERIES, HITS)
+
+
+def test_a_folder_that_is_no_model_at_all_says_what_is_expected(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(DataError, match=r"neither a model for transformers \(config.json\) nor a trained") as caught:
+        load(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_artifact_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with building(tmp_path / "index", "index", recipe={}, inputs={}) as draft:
+        draft.write_json("some.json", {})
+    with pytest.raises(ArtifactMismatch, match="an artifact of kind 'index'; 'reranker' is needed"):
+        load(str(tmp_path / "index"))
+
+
+def test_an_artifact_of_another_backbone_is_refused(bert: str, tmp_path: Path) -> None:
+    model = pair_model(bert)
+    model.backbone.name = str(tiny_bert(tmp_path / "other", seed=7))
+    folder = save_artifact(tmp_path / "artifact", model)
+    with pytest.raises(ArtifactMismatch, match=r"lora was trained on backbone .* Use that backbone or train"):
+        load(folder)
+
+
+def test_a_head_of_another_width_is_refused(bert: str, tmp_path: Path) -> None:
+    with building(tmp_path / "artifact", "reranker", recipe={}, inputs={}) as draft:
+        save_reranker(draft.path, pair_model(bert))
+        save_file({"weight": torch.zeros(7), "bias": torch.zeros(1)}, draft.path / "head.safetensors")
+    with pytest.raises(ArtifactError, match=r"head.safetensors: weight has shape \(7,\), expected \(32,\)"):
+        load(str(tmp_path / "artifact"))
+
+
+def test_a_damaged_artifact_is_refused(artifact: str, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for file in Path(artifact).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "head.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"head.safetensors is missing"):
+        load(str(folder))
+
+
+def test_an_exported_artifact_gives_sentence_transformers_the_same_scores(artifact: str, tmp_path: Path) -> None:
+    from sentence_transformers import CrossEncoder
+
+    export_classifier(Path(artifact), tmp_path / "exported")
+    peer = CrossEncoder(str(tmp_path / "exported"), device="cpu")
+    for query, hits in zip(QUERIES, load(artifact).rerank(QUERIES, HITS), strict=True):
+        pairs = [(query.text, f"{hit.passage.title} [SEP] {hit.passage.text}") for hit in hits]
+        expected = peer.predict(pairs, activation_fn=torch.nn.Identity())
+        # tanh bends states of up to 3 by 3e-6; scores are up to 5.
+        assert [hit.score for hit in hits] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_only_lora_on_a_bert_is_exported(bert: str, tmp_path: Path) -> None:
+    artifact = save_artifact(tmp_path / "artifact", pair_model(bert, "deep-prompt"))
+    with pytest.raises(DataError, match=r"deep-prompt on .* cannot be exported"):
+        export_classifier(Path(artifact), tmp_path / "exported")
