@@ -4,11 +4,20 @@ Every model forbids unknown keys. Components of one stage are told apart by `kin
 the package, `data:NAME` lies in the data folder (--data or ODQA_DATA), anything else is relative to the current folder.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from odqa.errors import DataError
 
@@ -116,16 +125,59 @@ class HybridRetriever(Settings):
 
 
 class CrossEncoder(Settings):
-    """A sequence-classification cross-encoder, by folder or hub name."""
+    """A cross-encoder: a trained re-ranker (embedded:NAME or its folder), or any for sequence classification.
+
+    The latter by folder or hub name. `retriever_weight` times the score that a hit came with is added to the model's.
+    """
 
     kind: Literal["cross-encoder"]
     model: str
     depth: int | None = Field(None, ge=1, description="hits a question that are re-scored; None: all")
+    retriever_weight: float = Field(0.0, ge=0, allow_inf_nan=False, description="0: the model's score alone counts")
     max_tokens: int | None = Field(None, ge=8)
     positive_label: Literal[0, 1] = 1
-    batch_tokens: int = 16384
+    batch_tokens: int | None = Field(None, ge=1, description="None: what is fast on the device")
     device: str = "auto"
     dtype: str = "auto"
+
+
+class GivenScores(Settings):
+    """Scores made elsewhere: a TREC run file (query Q0 passage rank score tag), or the order of a run of odqa."""
+
+    kind: Literal["scores"]
+    run: str
+    tag: str | None = Field(None, description="the run of this name in a TREC file that holds several")
+    depth: int | None = Field(None, ge=1, description="hits a question that are re-scored; None: all")
+
+
+class Cascade(Settings):
+    """Re-rankers one after the other; each takes the first `depth` of what comes, the rest keeps its order behind."""
+
+    kind: Literal["cascade"]
+    stages: tuple[Annotated[CrossEncoder | GivenScores, Field(discriminator="kind")], ...] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _check_depths(self) -> Self:
+        depths = [stage.depth for stage in self.stages]
+        for number, (before, depth) in enumerate(itertools.pairwise(depths), start=1):
+            if depth is None or (before is not None and depth >= before):
+                found, most = "all" if depth is None else depth, "all" if before is None else before
+                raise ValueError(
+                    f"stage {number} has the depth {found}, the one before {most}: nothing of that one's order would "
+                    "be left. Give each stage fewer hits than the one before."
+                )
+        return self
+
+
+RerankerSettings = Annotated[CrossEncoder | GivenScores | Cascade, Field(discriminator="kind")]
+
+
+class TrimSettings(Settings):
+    """Passages that do not fit whole are packed with their best-matching sentences, as many as fit."""
+
+    sentences: int = Field(3, ge=1, description="the most sentences of a trimmed passage, neighbours not counted")
+    around: int = Field(0, ge=0, description="neighbours kept on each side of a kept sentence")
+    whole: int | None = Field(None, ge=0, description="hits that may be packed whole; null: all, 0: all are trimmed")
 
 
 class PackerSettings(Settings):
@@ -133,7 +185,10 @@ class PackerSettings(Settings):
 
     budget: int = Field(512, ge=1)
     max_passages: int | None = Field(None, ge=1)
-    order: Literal["score", "reverse"] = "score"
+    order: Literal["score", "reverse", "sides"] = "score"
+    duplicates: Literal["exact", "near"] = "exact"
+    resemblance: float = Field(0.5, gt=0, le=1, description="from here on two texts are near duplicates")
+    trim: TrimSettings | None = Field(None, description="null: passages go in whole or not at all")
 
 
 class SpanReaderSettings(Settings):
@@ -145,7 +200,9 @@ class SpanReaderSettings(Settings):
     candidates: int = Field(5, ge=1)
     combine: Literal["sum", "max"] = "sum"
     rank_prior: float = Field(0.0, ge=0, description="a span of the passage of rank r weighs r ** -rank_prior")
-    abstain_above: float = Field(1.0, ge=0, le=1, description="answer nothing when P(no answer) exceeds this")
+    abstain_below: float = Field(
+        0.0, ge=0, le=1, description="answer nothing when the confidence is lower; above 0 it needs a calibrated reader"
+    )
     device: str = "auto"
     dtype: str = "auto"
 
@@ -195,7 +252,7 @@ class PipelineRecipe(Settings):
     index: str | None = Field(None, description="an index recipe, or the folder of an index")
     retriever: Annotated[Bm25Retriever | DenseRetriever | HybridRetriever, Field(discriminator="kind")] | None = None
     k: int = Field(100, ge=1, description="passages that leave the retriever")
-    reranker: CrossEncoder | None = None
+    reranker: RerankerSettings | None = None
     packer: PackerSettings = PackerSettings()
     reader: Annotated[SpanReaderSettings | LmReaderSettings, Field(discriminator="kind")]
     batch: int = Field(64, ge=1, description="questions that go through the stages together in run and eval")
@@ -211,10 +268,19 @@ class PipelineRecipe(Settings):
 
 
 class Expected(Settings):
-    """What a metric should be; outside `tolerance` the evaluation fails."""
+    """What a metric should be: a value, give or take `tolerance`, or a lower bound. The evaluation fails otherwise."""
 
-    value: float
-    tolerance: float = Field(1.0, ge=0)
+    value: float | None = None
+    tolerance: float | None = Field(None, ge=0, description="of a value; null: 1")
+    at_least: float | None = Field(None, description="instead of a value; of a gain, its 95% interval is above 0, too")
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        if (self.value is None) == (self.at_least is None):
+            raise ValueError("give either a value (with a tolerance) or at_least.")
+        if self.at_least is not None and self.tolerance is not None:
+            raise ValueError("at_least takes no tolerance. State the bound that must hold.")
+        return self
 
 
 class QuestionSet(Settings):
@@ -233,13 +299,7 @@ class QuestionSet(Settings):
     @field_validator("expected")
     @classmethod
     def _check_metrics(cls, expected: dict[str, dict[str, Expected]]) -> dict[str, dict[str, Expected]]:
-        from odqa.evaluate import Metric
-
-        for metric in {metric for metrics in expected.values() for metric in metrics}:
-            try:
-                Metric.parse(metric)
-            except DataError as error:
-                raise ValueError(str(error)) from error
+        _check_metrics(metric for metrics in expected.values() for metric in metrics)
         return expected
 
     @model_validator(mode="after")
@@ -249,27 +309,127 @@ class QuestionSet(Settings):
         return self
 
 
+class Variant(Settings):
+    """A pipeline recipe under a name of its own, with settings changed as --set does; a recipe's path alone is enough.
+
+    In the `set` of a variant, {packer.budget: 160, reranker: null} is what --set packer.budget=160 --set reranker=null
+    is on the command line. A path alone has the name of its file.
+    """
+
+    recipe: str
+    name: str = Field(pattern=r"^[^\s./][^/]*$", description="names the system in the report, and its folder")
+    set: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"recipe": value, "name": PurePath(value).stem}
+        if not isinstance(value, dict | Variant):
+            raise ValueError(f"found {value!r}; expected the path of a pipeline recipe, or {{recipe, name, set}}.")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> Any:
+        is_path_alone = not self.set and self.name == PurePath(self.recipe).stem
+        return self.recipe if is_path_alone else serialize(self)
+
+
+class Gain(Settings):
+    """Two pipelines compared question by question: what the second (`to`) has more than the first (`from`)."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    from_: str = Field(alias="from", description="the name of a pipeline")
+    to: str
+    expected: dict[str, dict[str, Expected]] = Field({}, description="by the name of a question set, then by metric")
+
+    @field_validator("expected")
+    @classmethod
+    def _check_metrics(cls, expected: dict[str, dict[str, Expected]]) -> dict[str, dict[str, Expected]]:
+        _check_metrics(metric for metrics in expected.values() for metric in metrics)
+        return expected
+
+
+class Published(Settings):
+    """A figure of the literature to stand beside the report; it is printed as not run, and nothing is checked."""
+
+    name: str
+    metric: str
+    value: float
+    source: str
+
+    @field_validator("metric")
+    @classmethod
+    def _check_metric(cls, metric: str) -> str:
+        _check_metrics([metric])
+        return metric
+
+
+class FigureSettings(Settings):
+    """A figure beside the result files: metrics against a number of the pipelines' recipes, a panel each, with bands.
+
+    Systems whose names differ only in that number at the end (`whole-160`, `whole-256`) are the points of one line.
+    """
+
+    x: str = Field(description="a setting of the pipelines that is a number, such as packer.budget")
+    x_label: str | None = Field(None, description="null: the name of the setting")
+    x_scale: Literal["linear", "log"] = "linear"
+    y: tuple[str, ...] = Field(min_length=1, description="metrics")
+    format: Literal["svg", "png"] = "svg"
+
+    @field_validator("y")
+    @classmethod
+    def _check_y(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
+        _check_metrics(metrics)
+        return metrics
+
+
 class EvalRecipe(Settings):
     """Pipelines side by side on question sets. A missing index is built first."""
 
     kind: Literal["eval"]
-    pipelines: tuple[str, ...] = Field(min_length=1)
+    pipelines: tuple[Variant, ...] = Field(min_length=1)
     questions: tuple[QuestionSet, ...] = Field(min_length=1)
     recall_at: tuple[Annotated[int, Field(ge=1)], ...] = (1, 5, 20, 100)
+    gains: tuple[Gain, ...] = Field((), description="paired differences to report")
+    published: tuple[Published, ...] = Field((), description="figures of others to print beside ours")
+    figure: FigureSettings | None = Field(None, description="drawn by odqa eval --save; needs the extra plots")
     seed: int = 0
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        pipelines = [PurePath(pipeline).stem for pipeline in self.pipelines]
+        pipelines = [pipeline.name for pipeline in self.pipelines]
+        sets = [question_set.name for question_set in self.questions]
         _check_unique("pipelines", pipelines)
-        _check_unique("question sets", [question_set.name for question_set in self.questions])
+        _check_unique("question sets", sets)
         for question_set in self.questions:
             for name in question_set.expected:
                 if name not in pipelines:
                     raise ValueError(
                         f"numbers are expected of {name} on {question_set.name}; pipelines are {', '.join(pipelines)}."
                     )
+        for gain in self.gains:
+            for name in (gain.from_, gain.to):
+                if name not in pipelines:
+                    raise ValueError(f"a gain names {name}; pipelines are {', '.join(pipelines)}.")
+            for name in gain.expected:
+                if name not in sets:
+                    raise ValueError(
+                        f"a gain from {gain.from_} to {gain.to} is expected on {name}; question sets are "
+                        f"{', '.join(sets)}."
+                    )
         return self
+
+
+def _check_metrics(names: Iterable[str]) -> None:
+    from odqa.evaluate import Metric
+
+    for name in sorted(set(names)):
+        try:
+            Metric.parse(name)
+        except DataError as error:
+            raise ValueError(str(error)) from error
 
 
 def _check_unique(what: str, names: Sequence[str]) -> None:
@@ -278,6 +438,19 @@ def _check_unique(what: str, names: Sequence[str]) -> None:
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
+
+
+class Mining(Settings):
+    """Ranks passages for training questions: hard negatives, and contexts as a pipeline really finds them."""
+
+    kind: Literal["mine"]
+    train: str = Field(description="jsonl of training examples")
+    passages: tuple[str, ...] = Field(min_length=1, description="files that hold the passages of all pipelines")
+    pipelines: tuple[str, ...] = Field(min_length=1, description="their retrievers and re-rankers are used")
+    depth: int = Field(30, ge=1, description="passages kept a question")
+    merge: Literal["score", "rank"] = Field("score", description="how the lists of several pipelines are joined")
+    limits: dict[str, int] = Field({}, description="the most questions of a source; all if not named")
+    seed: int = 0
 
 
 class LoraSettings(Settings):
@@ -327,6 +500,9 @@ class GroupRecipe(Settings):
     groups: int = Field(16, ge=1)
     negative_share: float = Field(0.4, ge=0, le=1)
     unanswerable_share: float = Field(0.08, ge=0, le=1)
+    packed: int | None = Field(None, ge=1, description="the most passages of a mined context; null: pairs as above")
+    restore_share: float = Field(0.7, ge=0, le=1)
+    parts: int = Field(1, ge=1)
     source_weights: dict[str, int] = {}
     seed: int = 0
 
@@ -350,7 +526,12 @@ class ReaderTraining(Settings):
     passages: tuple[str, ...] = Field(
         (), description="files that hold the passages named by negative_ids and tune sets"
     )
+    rankings: str | None = Field(None, description="a mining recipe or what it made: contexts as a pipeline finds them")
+    unanswerable: str | None = Field(
+        None, description="jsonl of questions that their passages do not answer; rows with squad_split: train are used"
+    )
     groups: GroupRecipe = GroupRecipe()
+    no_answer: Literal["shared", "row"] = Field("shared", description="see odqa.frozen.spans; row needs packed")
     fit: FitRecipe
     tune: tuple[TuneSet, ...] = ()
     start: str | None = Field(None, description="a trained reader of the same method to go on from; null: from nothing")
@@ -360,10 +541,71 @@ class ReaderTraining(Settings):
     stored: Literal["float16", "float32"] = "float16"
     threads: int | None = Field(None, ge=1)
 
+    @model_validator(mode="after")
+    def _check_contexts(self) -> Self:
+        if self.groups.packed is not None and self.rankings is None:
+            raise ValueError("packed contexts need rankings. Name a mining recipe under rankings.")
+        if self.groups.packed is None and (self.unanswerable is not None or self.no_answer == "row"):
+            raise ValueError("unanswerable questions and no_answer: row go with packed contexts. Set groups.packed.")
+        return self
+
+
+class RerankGroups(Settings):
+    """Training groups of a re-ranker, see `odqa.rerank.train.GroupSettings`."""
+
+    groups: int = Field(8, ge=1)
+    positives: int = Field(2, ge=1)
+    negatives: int = Field(5, ge=1)
+    pool: int = Field(24, ge=1)
+    parts: int = Field(3, ge=1)
+    source_weights: dict[str, int] = {}
+    seed: int = 0
+
+
+class RerankLoss(Settings):
+    """The loss on labels, and perhaps one on the scores of the mined rankings (then of a re-ranker: the teacher)."""
+
+    kind: Literal["listwise", "pointwise"] = "listwise"
+    distillation: float = Field(0.0, ge=0)
+    temperature: float = Field(1.0, gt=0)
+
+
+class RerankerTraining(Settings):
+    """Trains a cross-encoder re-ranker: a method on a frozen encoder, and a relevance head."""
+
+    kind: Literal["train-reranker"]
+    backbone: str
+    method: Annotated[LoraSettings | DeepPromptSettings | FineTuningSettings, Field(discriminator="kind")]
+    train: str = Field(description="jsonl of training examples")
+    passages: tuple[str, ...] = Field((), description="files that hold the passages that examples and rankings name")
+    rankings: str | None = Field(None, description="a mining recipe or what it made; null: only the file's negatives")
+    groups: RerankGroups = RerankGroups()
+    loss: RerankLoss = RerankLoss()
+    fit: FitRecipe
+    tune: tuple[TuneSet, ...] = ()
+    candidates: str | None = Field(None, description="the pipeline whose ranking the tune questions are re-ranked from")
+    candidate_depth: int = Field(20, ge=2)
+    start: str | None = Field(None, description="a trained reader or re-ranker of the same method to go on from")
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    autocast: bool | None = Field(None, description="forward pass in bfloat16; None: where that is fast")
+    stored: Literal["float16", "float32"] = "float16"
+    threads: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_candidates(self) -> Self:
+        if self.tune and self.candidates is None:
+            raise ValueError("tune questions need passages to re-rank. Name a pipeline under candidates.")
+        if self.loss.distillation and self.rankings is None:
+            raise ValueError("distillation needs a teacher's scores. Name rankings of a pipeline with a re-ranker.")
+        return self
+
 
 RECIPES: dict[str, type[Settings]] = {
+    "mine": Mining,
     "index": IndexRecipe,
     "pipeline": PipelineRecipe,
     "eval": EvalRecipe,
     "train-span-reader": ReaderTraining,
+    "train-reranker": RerankerTraining,
 }

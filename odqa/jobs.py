@@ -6,39 +6,60 @@ command line's business.
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import odqa
 from odqa import config
 from odqa.artifacts import MANIFEST, Artifact, load_artifact, sha256_file, sha256_json
-from odqa.errors import ArtifactError, ArtifactMismatch, DataError, MissingExtra
-from odqa.evaluate import Check, Evaluation, Expectation, check_expectations, compare, evaluate
+from odqa.errors import ArtifactError, ArtifactMismatch, DataError, MissingExtra, RecipeError
+from odqa.evaluate import (
+    GAIN_METRICS,
+    Check,
+    Evaluation,
+    Expectation,
+    Gain,
+    check_expectations,
+    compare,
+    evaluate,
+    measure_gain,
+)
+from odqa.models import identify_model
 from odqa.recipes import (
+    Kept,
     Places,
     Recipe,
     build_pipeline,
+    build_reranker,
+    build_retriever,
     check_index_recipe,
     describe_file,
     index_folder,
     load_recipe,
+    load_variants,
     read_source,
 )
-from odqa.report import Style, changed_table, comparison_table, explain_question, join, render, stage_table
+from odqa.replay import Replay, find_ranking, without_times
+from odqa.report import Published, Style, changed_table, comparison_table, explain_question, join, render, stage_table
 from odqa.runs import SCORES, Run, find_run, load_run, recording, trace_to_json
 from odqa.runtime import progress
-from odqa.stages import ProvesFrozen
+from odqa.stages import ChecksQueries, ProvesFrozen
 from odqa.text import Matcher
-from odqa.types import Gold, Query, Trace
+from odqa.types import Gold, Hit, Query, Trace
 
 if TYPE_CHECKING:
     from odqa.pipeline import Pipeline
     from odqa.retrieve.dense import EncoderSettings
     from odqa.retrieve.index import Index
+    from odqa.stages import Reranker, Retriever
 
 Log = Callable[[str], None]
+RUNS = Path("runs")  # where runs go if nothing else is said
+_REMEMBERED = 250_000  # our choice: pairs and rows that the systems of one evaluation share; about 1 GB when full
 
 DEMO_QUESTIONS = (
     "who tutored elizabeth i in latin",
@@ -85,7 +106,7 @@ def build_index(
     folder = out or places.artifacts / recipe.name
     source_file = describe_file(settings.passages.file, path)
     encoder = _encoder_settings(settings.dense)
-    found = _finished(folder, retrieve.KIND, recipe, log)
+    found = finished_artifact(folder, retrieve.KIND, recipe, log)
     if found is not None:
         inputs = found.manifest["inputs"]
         is_same = encoder is None or inputs["encoder"] == _encoder_weights(encoder)
@@ -114,7 +135,7 @@ def build_index(
     return index
 
 
-def _finished(folder: Path, kind: str, recipe: Recipe, log: Log) -> Artifact | None:
+def finished_artifact(folder: Path, kind: str, recipe: Recipe, log: Log) -> Artifact | None:
     """The artifact in `folder` if `recipe` made it; None if it is still to be made, or to be made again."""
     if not (folder / MANIFEST).is_file():
         return None
@@ -166,13 +187,25 @@ def _vector_settings(settings: config.Dense | None) -> Any:
 # --- answering --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
+@dataclass
 class Loaded:
-    """A pipeline ready to answer, with the recipe it came from and the index it reads."""
+    """A pipeline ready to answer, with the recipe it came from, the index it reads, and where its files lie."""
 
     recipe: Recipe
     pipeline: "Pipeline"
     index: "Index | None"
+    places: Places
+
+    @property
+    def settings(self) -> config.PipelineRecipe:
+        settings = self.recipe.settings
+        assert isinstance(settings, config.PipelineRecipe)
+        return settings
+
+    @cached_property
+    def reranker_identity(self) -> Any:
+        """What the re-ranker's model or scores are, by content; a list for a cascade, None without a re-ranker."""
+        return _reranker_identity(self.settings.reranker, self.places)
 
     def ask(self, question: str) -> Trace:
         """Answer one question. Raises DataError for an empty one."""
@@ -188,21 +221,32 @@ def load_pipeline(
     build: bool = False,
     changes: Sequence[str] = (),
     indexes: dict[str, "Index"] | None = None,
+    kept: Kept | None = None,
     log: Log = _silent,
 ) -> Loaded:
     """Open a pipeline. `build` makes a missing index first; without it a missing index is an ArtifactError.
 
     `indexes` holds what earlier calls opened, by the name in the recipe, and is added to: an index shared by several
-    pipelines is opened once.
+    pipelines is opened once. `kept` does the same for the models of the last call.
     """
-    from odqa.retrieve.index import load_index
-
     places = places or Places.from_environment()
     recipe = _recipe(recipe, "pipeline", changes)
     settings = recipe.settings
     assert isinstance(settings, config.PipelineRecipe)
-    index = (indexes or {}).get(settings.index or "")
-    if settings.index is not None and index is None:
+    index = _open_index(settings, places, build=build, indexes=indexes, log=log)
+    return Loaded(recipe, build_pipeline(recipe, index, places=places, kept=kept), index, places)
+
+
+def _open_index(
+    settings: config.PipelineRecipe, places: Places, *, build: bool, indexes: dict[str, "Index"] | None, log: Log
+) -> "Index | None":
+    """The index that a pipeline names, opened once for all callers that share `indexes`; None if it names none."""
+    from odqa.retrieve.index import load_index
+
+    if settings.index is None:
+        return None
+    index = (indexes or {}).get(settings.index)
+    if index is None:
         folder, index_recipe = index_folder(settings.index, places)
         if build and index_recipe is not None:
             index = build_index(index_recipe, places=places, log=log)
@@ -212,9 +256,46 @@ def load_pipeline(
             index = load_index(folder)
             if index_recipe is not None:
                 check_index_recipe(index.artifact.manifest["recipe"], index_recipe, folder)
-    if indexes is not None and index is not None and settings.index is not None:
+    if indexes is not None:
         indexes[settings.index] = index
-    return Loaded(recipe, build_pipeline(recipe, index), index)
+    return index
+
+
+@dataclass(slots=True)
+class Ranker:
+    """The first stages of a pipeline, without its reader; `identity` stands for index, settings and weights."""
+
+    retriever: "Retriever"
+    reranker: "Reranker | None"
+    k: int
+    identity: str
+
+    def rank(self, queries: Sequence[Query]) -> list[list[Hit]]:
+        """At most `k` hits a query, best first."""
+        hits = self.retriever.retrieve(queries, self.k)
+        return hits if self.reranker is None else self.reranker.rerank(queries, hits)
+
+
+def load_ranker(
+    recipe: str | Path | Recipe,
+    *,
+    places: Places | None = None,
+    build: bool = False,
+    changes: Sequence[str] = (),
+    log: Log = _silent,
+) -> Ranker:
+    """Open a pipeline's retriever and re-ranker. Raises RecipeError for a closed-book pipeline."""
+    places = places or Places.from_environment()
+    recipe = _recipe(recipe, "pipeline", changes)
+    settings = recipe.settings
+    assert isinstance(settings, config.PipelineRecipe)
+    index = _open_index(settings, places, build=build, indexes=None, log=log)
+    retriever = build_retriever(settings, index)
+    if retriever is None or index is None:
+        raise RecipeError(f"{recipe.path}: a pipeline without a retriever ranks nothing. Name another one.")
+    first = {key: recipe.resolved[key] for key in ("retriever", "k", "reranker")}
+    identity = sha256_json([index.artifact.hash, first])
+    return Ranker(retriever, build_reranker(settings.reranker, places), settings.k, identity)
 
 
 def run(
@@ -227,7 +308,10 @@ def run(
     changes: Sequence[str] = (),
     log: Log = _silent,
 ) -> Run:
-    """Answer a question file into a run folder; questions answered by an earlier, killed try are not asked again."""
+    """Answer a question file into a run folder; questions answered by an earlier, killed try are not asked again.
+
+    A ranking that a finished run nearby used (below runs/, or else beside `out`) is taken from there: `odqa.replay`.
+    """
     from odqa.corpus.io import read_questions
 
     places = places or Places.from_environment()
@@ -235,29 +319,54 @@ def run(
     path = places.file(questions)
     queries = read_questions(path)
     loaded = load_pipeline(recipe, places=places, build=build, log=log)
-    return run_queries(loaded, queries, out, source=describe_file(questions, path), log=log)
+    root = next((folder for folder in out.parents if folder.name == RUNS.name), out.parent)
+    return run_queries(loaded, queries, out, source=describe_file(questions, path), share=root, log=log)
 
 
-def run_queries(loaded: Loaded, queries: Sequence[Query], out: Path, *, source: Mapping[str, str], log: Log) -> Run:
-    """`run` for a loaded pipeline and questions in memory; `source` identifies them in the manifest."""
-    settings = loaded.recipe.settings
-    assert isinstance(settings, config.PipelineRecipe)
-    inputs = {"questions": dict(source), "index": loaded.index.artifact.hash if loaded.index else None}
-    inputs |= {"reader": _reader_identity(loaded)}
+def run_queries(
+    loaded: Loaded,
+    queries: Sequence[Query],
+    out: Path,
+    *,
+    source: Mapping[str, str],
+    share: Path | None = None,
+    log: Log = _silent,
+) -> Run:
+    """`run` for a loaded pipeline and questions in memory; `source` identifies them in the manifest.
+
+    `share` is a folder of runs: if one there had the same ranking, it is replayed and not computed (None: never).
+    """
+    settings, pipeline = loaded.settings, loaded.pipeline
+    inputs: dict[str, Any] = {"questions": dict(source), "index": loaded.index.artifact.hash if loaded.index else None}
+    inputs |= {"reranker": loaded.reranker_identity, "reader": _reader_identity(loaded)}
+    inputs |= {"ranking": ranking_identity(loaded, source)}
     resolved = loaded.recipe.resolved
     if find_run(out, recipe=resolved, inputs=inputs) is not None:
         log(f"{out}: answered already")
         return load_run(out)
+    reranker: object = pipeline.reranker
+    if isinstance(reranker, ChecksQueries):
+        reranker.check_queries(queries)
+    ranked = None
+    if share is not None and loaded.index is not None and inputs["ranking"] is not None:
+        ranked = find_ranking(share, inputs["ranking"], log=log)
     with recording(out, [query.id for query in queries], recipe=resolved, inputs=inputs) as writer:
         if writer.finished:
             log(f"{out}: {len(writer.finished)} of {len(queries)} questions were answered already")
+        if ranked is not None and loaded.index is not None:
+            log(f"{out}: the ranking is taken from {ranked.path}")
+            replay = Replay(ranked, loaded.index.store)
+            pipeline = dataclasses.replace(
+                pipeline, retriever=replay, reranker=replay if pipeline.reranker is not None else None
+            )
+            writer.measured["ranking_from"] = os.path.relpath(ranked.path, out)
         with progress("answer", len(queries), "questions") as bar:
             # Blocks are the same in every try: what a question is batched with may move the last digit of a score.
             for start in range(0, len(queries), settings.batch):
                 block = queries[start : start + settings.batch]
                 if any(query.id not in writer.finished for query in block):
-                    traces = loaded.pipeline.answer(block)
-                    writer.add([trace for trace in traces if trace.query.id not in writer.finished])
+                    traces = [trace for trace in pipeline.answer(block) if trace.query.id not in writer.finished]
+                    writer.add(traces if ranked is None else [without_times(trace) for trace in traces])
                 bar.advance(len(block))
         if isinstance(loaded.pipeline.reader, ProvesFrozen):
             loaded.pipeline.reader.check_frozen()
@@ -265,12 +374,47 @@ def run_queries(loaded: Loaded, queries: Sequence[Query], out: Path, *, source: 
     return load_run(out)
 
 
+def ranking_identity(loaded: Loaded, source: Mapping[str, str]) -> str | None:
+    """A hash over what decides which passages come to the packer, and in which order; None without a retriever.
+
+    That is the index, the retriever, k, the re-ranker and its weights, and the questions (`source`); the batch, too,
+    because what a question is batched with may move the last digit of a score. Not the machine: as in a run that is
+    resumed elsewhere, a ranking may come from another processor than the answers.
+    """
+    if loaded.settings.retriever is None or loaded.index is None:
+        return None
+    first = {key: loaded.recipe.resolved[key] for key in ("retriever", "k", "reranker", "batch")}
+    parts = [odqa.__version__, loaded.index.artifact.hash, first, loaded.reranker_identity, source["sha256"]]
+    return sha256_json(parts)
+
+
+def _reranker_identity(settings: config.RerankerSettings | None, places: Places) -> Any:
+    """See `Loaded.reranker_identity`."""
+    match settings:
+        case None:
+            return None
+        case config.Cascade():
+            return [_reranker_identity(stage, places) for stage in settings.stages]
+        case config.GivenScores():
+            path = places.file(settings.run)
+            return load_run(path).artifact.hash if path.is_dir() else sha256_file(path)
+        case config.CrossEncoder():
+            name = settings.model
+            if name.startswith(("embedded:", "data:")):
+                return identify_model(name, places.file(name))
+            return identify_model(name, Path(name) if Path(name).is_dir() else None)
+
+
 def _reader_identity(loaded: Loaded) -> str:
-    """What the reader is, by content: the hash of its trained part, or of the frozen model that reads alone."""
-    settings = loaded.recipe.settings
-    assert isinstance(settings, config.PipelineRecipe)
+    """What the reader is, by content: the hash of its trained part, or of the frozen model that reads alone.
+
+    A calibration belongs to it: it decides on confidence and abstention.
+    """
+    settings = loaded.settings
     if isinstance(settings.reader, config.SpanReaderSettings):
-        return sha256_file(Places().file(settings.reader.model) / "method.safetensors")
+        folder = Places().file(settings.reader.model)
+        files = (folder / name for name in ("method.safetensors", "head.safetensors", "calibration.json"))
+        return sha256_json([sha256_file(file) for file in files if file.is_file()])
     from odqa.read.lm import LmReader
 
     assert isinstance(loaded.pipeline.reader, LmReader)
@@ -295,6 +439,7 @@ class EvaluationResult:
 
     recipe: Recipe
     systems: list[System] = field(default_factory=list)
+    gains: list[Gain] = field(default_factory=list)
     checks: list[tuple[str, Check]] = field(default_factory=list)
 
     @property
@@ -303,11 +448,19 @@ class EvaluationResult:
         return all(check.ok for _, check in self.checks)
 
     def render(self, style: Style = "text") -> str:
-        """The report: per question set the scores, the funnel and the times of all pipelines side by side."""
-        return render([(s.pipeline.name, s.evaluation) for s in self.systems], self.checks, style=style)
+        """The report: per question set scores, gains, funnel and times of all pipelines; expectations; published."""
+        named = [(system.pipeline.name, system.evaluation) for system in self.systems]
+        return render(named, self.checks, gains=self.gains, published=self.published, style=style)
+
+    @property
+    def published(self) -> list[Published]:
+        """The figures of others that the recipe puts beside ours."""
+        settings = self.recipe.settings
+        assert isinstance(settings, config.EvalRecipe)
+        return [Published(**figure.model_dump()) for figure in settings.published]
 
     def to_json(self) -> dict[str, Any]:
-        """The result file: recipes and hashes, inputs, scores, funnel, time. Without the questions."""
+        """The result file: recipes and hashes, inputs, scores, funnel, time, gains. Without the questions."""
         return {
             "eval": self.recipe.name,
             "recipe_hash": self.recipe.hash,
@@ -323,14 +476,33 @@ class EvaluationResult:
                 }
                 for system in self.systems
             ],
+            "gains": [gain.to_json() for gain in self.gains],
+            "published": [dataclasses.asdict(figure) for figure in self.published],
         }
 
-    def save(self, stem: Path) -> None:
-        """Write the report as STEM.md and STEM.json."""
+    def save(self, stem: Path, log: Log = _silent) -> None:
+        """Write the report as STEM.md and STEM.json, and the figure, if the recipe has one, as STEM.svg or STEM.png.
+
+        Without matplotlib there is no figure but a warning: the numbers must not be lost.
+        """
         stem.parent.mkdir(parents=True, exist_ok=True)
         stem.with_name(stem.name + ".md").write_text(self.render("markdown"), encoding="utf-8")
         record = json.dumps(self.to_json(), ensure_ascii=False, indent=1) + "\n"
         stem.with_name(stem.name + ".json").write_text(record, encoding="utf-8")
+        settings = self.recipe.settings
+        assert isinstance(settings, config.EvalRecipe)
+        if settings.figure is not None:
+            try:
+                self._draw(settings.figure, stem)
+            except MissingExtra as error:
+                log(f"warning: the figure is missing. {error}")
+
+    def _draw(self, figure: config.FigureSettings, stem: Path) -> None:
+        from odqa.figures import Measured, save_figure
+
+        systems = [Measured(s.pipeline.name, number_at(s.pipeline, figure.x), s.evaluation) for s in self.systems]
+        path = stem.with_name(f"{stem.name}.{figure.format}")
+        save_figure(path, systems, metrics=figure.y, x_label=figure.x_label or figure.x, x_scale=figure.x_scale)
 
 
 def run_evaluation(
@@ -344,37 +516,82 @@ def run_evaluation(
     """Build what is missing, answer every question set, score, compare with the expected numbers.
 
     Runs lie in `out`/RECIPE/PIPELINE-VERSION/QUESTION_SET with scores.json in each (`out` is ./runs if not given); the
-    version is eight digits that stand for the pipeline's settings, its index and its reader.
+    version is eight digits that stand for the pipeline's settings, its index, re-ranker and reader. Pipelines with
+    equal leading stages rank once: a ranking that any run below `out` had is taken from there (`odqa.replay`).
     """
+    out = out or RUNS
     places = places or Places.from_environment()
     recipe = _recipe(recipe, "eval", changes)
     settings = recipe.settings
     assert isinstance(settings, config.EvalRecipe)
+    variants = load_variants(recipe)
+    if settings.figure is not None:
+        for variant in variants:
+            number_at(variant, settings.figure.x)  # an error now, not after hours
     sets = [(question_set, *_load_questions(question_set, places)) for question_set in settings.questions]
     result = EvaluationResult(recipe)
     index_of: dict[str, Index] = {}
-    for path in settings.pipelines:
-        loaded = load_pipeline(path, places=places, build=True, indexes=index_of, log=log)
+    kept = Kept(remember=_REMEMBERED)
+    for variant in variants:
+        loaded = load_pipeline(variant, places=places, build=True, indexes=index_of, kept=kept, log=log)
         for question_set, source, queries, gold in sets:
             version = f"{loaded.recipe.name}-{_version(loaded)}"
-            folder = (out or Path("runs")) / recipe.name / version / question_set.name
+            folder = out / recipe.name / version / question_set.name
             log(f"{loaded.recipe.name} on {question_set.name}: {len(queries)} questions, into {folder}")
-            finished = run_queries(loaded, queries, folder, source=source, log=log)
+            finished = run_queries(loaded, queries, folder, source=source, share=out, log=log)
             evaluation = score_run(
                 finished, gold, loaded.index, question_set=question_set.name, split=question_set.split,
                 matcher=question_set.matcher, depths=settings.recall_at, seed=settings.seed,
             )  # fmt: skip
             expected = question_set.expected.get(loaded.recipe.name, {})
-            expectations = [Expectation(name, e.value, e.tolerance) for name, e in expected.items()]
+            checks = check_expectations(evaluation, _expectations(expected))
             result.systems.append(System(loaded.recipe, evaluation, finished))
-            result.checks += [(loaded.recipe.name, check) for check in check_expectations(evaluation, expectations)]
+            result.checks += [(loaded.recipe.name, check) for check in checks]
+        del loaded  # before the next one is loaded: two readers need not fit into memory
+    _compare_systems(result, settings)
     return result
 
 
+def number_at(recipe: Recipe, path: str) -> float:
+    """The setting of a pipeline recipe that a path such as packer.budget leads to; RecipeError if it is no number."""
+    found: Any = recipe.resolved
+    for part in path.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise RecipeError(
+            f"figure.x: {path} of {recipe.name} is {found!r}; a figure needs a number there, such as packer.budget."
+        )
+    return float(found)
+
+
+def _expectations(expected: Mapping[str, config.Expected], *, of_gain: bool = False) -> list[Expectation]:
+    """What a recipe expects, as `odqa.evaluate` checks it; the lower bound of a gain must also be a clear gain."""
+    found = []
+    for name, number in expected.items():
+        if number.value is not None:
+            found.append(Expectation(name, number.value, 1.0 if number.tolerance is None else number.tolerance))
+        elif number.at_least is not None:
+            found.append(Expectation(name, number.at_least, 0.0, is_lower_bound=True, must_be_clear=of_gain))
+    return found
+
+
+def _compare_systems(result: EvaluationResult, settings: config.EvalRecipe) -> None:
+    """Add the gains that the recipe names, on every question set, and check what is expected of them."""
+    found = {(s.pipeline.name, s.evaluation.question_set): s.evaluation for s in result.systems}
+    for question_set in settings.questions:
+        for named in settings.gains:
+            first, second = found[named.from_, question_set.name], found[named.to, question_set.name]
+            expected = named.expected.get(question_set.name, {})
+            metrics = dict.fromkeys((*GAIN_METRICS, *expected))
+            gain = measure_gain(named.from_, first, named.to, second, metrics=tuple(metrics), seed=settings.seed)
+            result.gains.append(gain)
+            result.checks += [(gain.name, check) for check in gain.check(_expectations(expected, of_gain=True))]
+
+
 def _version(loaded: Loaded) -> str:
-    """Eight hex digits for the run folder of a pipeline: its settings, its index, its reader's trained part."""
+    """Eight hex digits for the run folder of a pipeline: its settings, its index, its re-ranker, its reader."""
     index_hash = loaded.index.artifact.hash if loaded.index else None
-    return sha256_json([loaded.recipe.hash, index_hash, _reader_identity(loaded)])[:8]
+    return sha256_json([loaded.recipe.hash, index_hash, loaded.reranker_identity, _reader_identity(loaded)])[:8]
 
 
 def score(
@@ -491,91 +708,6 @@ def diff(first: Path, second: Path, *, as_json: bool = False) -> str:
         return json.dumps(dataclasses.asdict(comparison), ensure_ascii=False)
     names = (str(first), str(second))
     return join([comparison_table(*names, comparison), changed_table(*names, comparison)])
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-def train(
-    recipe: str | Path | Recipe,
-    *,
-    places: Places | None = None,
-    out: Path | None = None,
-    changes: Sequence[str] = (),
-    log: Log = _silent,
-) -> Artifact:
-    """Train what a recipe describes; continues a killed training at its last checkpoint."""
-    import torch
-    from safetensors.torch import load_file
-
-    from odqa.artifacts import building
-    from odqa.corpus.io import read_gold, read_passages, read_questions
-    from odqa.frozen.backbone import load_backbone
-    from odqa.frozen.fit import FitSettings
-    from odqa.frozen.method import TENSORS, create_method, load_tensors
-    from odqa.frozen.spans import SpanHead
-    from odqa.read import span
-    from odqa.read import train as training
-    from odqa.runtime import choose_device, has_fast_bf16
-
-    places = places or Places.from_environment()
-    recipe = _recipe(recipe, "train", changes)
-    settings = recipe.settings
-    assert isinstance(settings, config.ReaderTraining)
-    folder = out or places.artifacts / recipe.name
-    files = {name: places.file(name) for name in (settings.train, *settings.passages, *(t.file for t in settings.tune))}
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    # Eager attention: its backward pass is a third faster than the fused one on processors (docs/LOG.md).
-    on_cpu = choose_device(settings.device).type == "cpu"
-    backbone = load_backbone(
-        settings.backbone,
-        "encoder",
-        device=settings.device,
-        dtype=settings.dtype,
-        attention="eager" if on_cpu else "sdpa",
-    )
-    inputs = {name: describe_file(name, path)["sha256"] for name, path in files.items()} | {
-        "backbone": backbone.fingerprint
-    }
-    if settings.start is not None:
-        start = places.file(settings.start)
-        inputs["start"] = sha256_json([sha256_file(start / name) for name in (TENSORS, span.HEAD)])
-    found = _finished(folder, span.KIND, recipe, log)
-    if found is not None and found.manifest["inputs"] == inputs:
-        log(f"{folder}: trained already")
-        return found
-    passages = {passage.id: passage for name in settings.passages for passage in read_passages(files[name])}
-    tune = {}
-    for chosen in settings.tune:
-        pairs = list(zip(read_questions(files[chosen.file]), read_gold(files[chosen.file]), strict=True))
-        tune[chosen.name] = pairs[: chosen.limit]
-        for query, gold in tune[chosen.name]:
-            if not gold.passage_ids or gold.passage_ids[0] not in passages:
-                raise DataError(
-                    f"{files[chosen.file]}: the gold passage of question {query.id!r} is not known. Give positive_ids, "
-                    "and name the file that holds these passages under passages."
-                )
-    method = create_method(settings.method.kind, backbone, **settings.method.model_dump(mode="json", exclude={"kind"}))
-    head = SpanHead(backbone.width)
-    if settings.start is not None:
-        load_tensors(method, load_file(start / TENSORS), str(start))
-        load_tensors(head, load_file(start / span.HEAD), str(start))
-    model = span.SpanModel(backbone, method, head, settings.longest)
-    autocast = has_fast_bf16() or not on_cpu if settings.autocast is None else settings.autocast
-    with building(folder, span.KIND, recipe=recipe.resolved, inputs=inputs, scratch=(training.CHECKPOINT,)) as draft:
-        training.train_span_reader(
-            model,
-            list(training.read_examples(files[settings.train], passages)),
-            tune,
-            passages,
-            draft,
-            groups=training.GroupSettings(**settings.groups.model_dump()),
-            fit_settings=FitSettings(**settings.fit.model_dump(), autocast=autocast),
-            stored=torch.float16 if settings.stored == "float16" else torch.float32,
-            log=log,
-        )
-    return load_artifact(folder, span.KIND)
 
 
 def _recipe(recipe: str | Path | Recipe, kind: str, changes: Sequence[str] = ()) -> Recipe:

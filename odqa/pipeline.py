@@ -123,7 +123,9 @@ class _Clock:
 def _note(records: list[_Record], stage: str, pass_no: int, clock: _Clock, hits: list[list[Hit]]) -> None:
     for record, found in zip(records, hits, strict=True):
         ids, scores = tuple(hit.passage.id for hit in found), tuple(hit.score for hit in found)
-        record.steps.append(Step(stage, pass_no, clock.seconds / len(records), len(records), ids, scores))
+        sources = tuple(hit.source for hit in found)
+        share = clock.seconds / len(records)
+        record.steps.append(Step(stage, pass_no, share, len(records), ids, scores, sources=sources))
 
 
 def _dropped(context: PackedContext) -> dict[str, list[str]]:

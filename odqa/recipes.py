@@ -4,9 +4,11 @@ A recipe is one file, without inheritance or interpolation. All mistakes of a fi
 path and the nearest valid name. No class outside this module sees a recipe.
 """
 
+import copy
+import dataclasses
 import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -23,10 +25,12 @@ from odqa.errors import ArtifactError, DataError, RecipeError
 if TYPE_CHECKING:
     from odqa.pipeline import Pipeline
     from odqa.retrieve.index import Index
-    from odqa.stages import Reader, Reranker, Retriever
+    from odqa.stages import Packer, Reader, Reranker, Retriever
     from odqa.types import Passage
 
 R = TypeVar("R", bound=config.Settings)
+S = TypeVar("S", bound="config.Settings | None")
+P = TypeVar("P")
 
 FOLDERS = ("indexes", "pipelines", "eval")
 _SHIPPED = "recipes_shipped"  # where the wheel keeps the three folders
@@ -37,14 +41,18 @@ _SHIPPED = "recipes_shipped"  # where the wheel keeps the three folders
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A checked recipe: `settings` with every default filled in, `name` for folders, `hash` for manifests."""
+    """A checked recipe: `settings` with every default filled in, `name` for folders, `hash` for manifests.
+
+    `given_name` is what an eval recipe calls this pipeline; empty: it is called as its file.
+    """
 
     path: Path
     settings: config.Settings
+    given_name: str = ""
 
     @property
     def name(self) -> str:
-        return self.path.stem
+        return self.given_name or self.path.stem
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -56,13 +64,17 @@ class Recipe:
         return sha256_json(self.resolved)
 
 
-def load_recipe(path: str | Path, kind: str | None = None, *, changes: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe; `changes` are "a.b=value" with values in YAML.
+def load_recipe(
+    path: str | Path, kind: str | None = None, *, changes: Sequence[str] = (), settings: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Read and check a recipe; `changes` are "a.b=value" with values in YAML, `settings` the same as {"a.b": value}.
 
     Raises RecipeError with every mistake of the file: unknown, missing and doubled keys, wrong types, wrong kind.
     """
     file = find_recipe(path)
     values = _load_yaml(file)
+    for key, value in (settings or {}).items():
+        _put(values, key, value, f"set {key}")
     for change in changes:
         _apply(values, change)
     found = values.get("kind")
@@ -83,6 +95,26 @@ def load_recipe(path: str | Path, kind: str | None = None, *, changes: Sequence[
             or not any(loc[: len(detail["loc"])] == detail["loc"] != loc for loc in wrong)
         ]
         raise RecipeError("\n".join(f"{file}: {mistake}" for mistake in mistakes)) from None
+
+
+def load_variants(recipe: Recipe) -> list[Recipe]:
+    """The pipelines of an eval recipe, each under its name there and with the settings that are changed there.
+
+    Raises RecipeError with the mistakes of all of them, each with its place in the eval recipe.
+    """
+    settings = recipe.settings
+    assert isinstance(settings, config.EvalRecipe)
+    loaded, mistakes = [], []
+    for number, variant in enumerate(settings.pipelines):
+        try:
+            found = load_recipe(variant.recipe, "pipeline", settings=variant.set)
+            loaded.append(dataclasses.replace(found, given_name=variant.name))
+        except RecipeError as error:
+            where = f"{recipe.path}: pipelines.{number} ({variant.name})"
+            mistakes += [f"{where}: {line}" for line in str(error).splitlines()]
+    if mistakes:
+        raise RecipeError("\n".join(mistakes))
+    return loaded
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -144,10 +176,9 @@ def _load_yaml(path: Path) -> dict[str, Any]:
 
 
 def _apply(values: dict[str, Any], change: str) -> None:
-    """Put the value of "a.b=value" in its place; items of a list go by their number from 0."""
+    """Put the value of "a.b=value" in its place."""
     path, equals, value = change.partition("=")
-    *parents, last = path.split(".")
-    if not equals or not all((*parents, last)):
+    if not equals or not all(path.split(".")):
         raise RecipeError(f"--set {change}: expected KEY=VALUE or KEY.KEY=VALUE.")
     try:
         parsed = yaml.load(value, _UniqueKeys)
@@ -155,22 +186,30 @@ def _apply(values: dict[str, Any], change: str) -> None:
         raise RecipeError(f"--set {change}: {str(error).split(': ', 1)[1]}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {change}: {value!r} is not a YAML value.") from error
+    _put(values, path, parsed, f"--set {change}")
+
+
+def _put(values: dict[str, Any], path: str, value: Any, told: str) -> None:
+    """Set "a.b" to a value; items of a list go by their number from 0. Mistakes begin with `told`."""
+    *parents, last = path.split(".")
+    if not all((*parents, last)):
+        raise RecipeError(f"{told}: expected KEY or KEY.KEY.")
     place: Any = values
     for key in parents:
         if isinstance(place, dict) and place.get(key) is None:
             place[key] = {}
-        place = place[_key(place, key, change)]
-    place[_key(place, last, change)] = parsed
+        place = place[_key(place, key, told)]
+    place[_key(place, last, told)] = copy.deepcopy(value)  # a later key may change a part of it
 
 
-def _key(place: Any, key: str, change: str) -> str | int:
+def _key(place: Any, key: str, told: str) -> str | int:
     """What `key` means in a mapping or a list. Raises RecipeError in a value, or for an item that a list lacks."""
     if isinstance(place, dict):
         return key
     if not isinstance(place, list):
-        raise RecipeError(f"--set {change}: {key!r} is to be set in {place!r}, which is a value, not settings.")
+        raise RecipeError(f"{told}: {key!r} is to be set in {place!r}, which is a value, not settings.")
     if not (key.isascii() and key.isdecimal() and int(key) < len(place)):
-        raise RecipeError(f"--set {change}: {key!r} is not an item of the list; items are 0 to {len(place) - 1}.")
+        raise RecipeError(f"{told}: {key!r} is not an item of the list; items are 0 to {len(place) - 1}.")
     return int(key)
 
 
@@ -181,7 +220,7 @@ def _explain(detail: ErrorDetails, model: type[config.Settings]) -> str:
     path = ".".join(parts)
     if kind == "extra_forbidden":
         owner = _follow(model, where[:-1])[0][0]
-        names = list(owner.model_fields)
+        names = [field.alias or name for name, field in owner.model_fields.items()]
         # A component is called by its kind, settings without one by the key they stand under.
         name = _tag(owner) or next((part for part in reversed(parts[:-1]) if not part.isdecimal()), owner.__name__)
         return f"{path} is not a setting of {name} ({', '.join(names)}).{_did_you_mean(parts[-1], names)}"
@@ -288,17 +327,42 @@ def describe_file(name: str, path: Path) -> dict[str, str]:
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
-def build_pipeline(recipe: Recipe, index: "Index | None") -> "Pipeline":
-    """The pipeline of a recipe, over an open index (None: closed-book)."""
-    from odqa.pack import GreedyPacker
+class Kept:
+    """The parts of the pipeline built last, so that the next one loads no model twice.
+
+    A part with other settings is let go before its successor is built: two readers are never in memory together.
+    Re-rankers and readers that look at passages one by one keep what they found out about the last `remember` of them.
+    """
+
+    def __init__(self, remember: int = 0) -> None:
+        self.remember = remember
+        self._parts: dict[str, tuple[config.Settings | None, Any]] = {}
+
+    def part(self, name: str, settings: S, build: Callable[[S], P]) -> P:
+        """What the last pipeline had under this name if its settings are equal, else what `build` makes of them."""
+        if name not in self._parts or self._parts[name][0] != settings:
+            self._parts.pop(name, None)
+            self._parts[name] = settings, build(settings)
+        part: P = self._parts[name][1]
+        return part
+
+
+def build_pipeline(
+    recipe: Recipe, index: "Index | None", *, places: Places | None = None, kept: Kept | None = None
+) -> "Pipeline":
+    """The pipeline of a recipe, over an open index (None: closed-book); see `Kept` for pipelines in a row."""
     from odqa.pipeline import Pipeline
 
     settings = recipe.settings
     assert isinstance(settings, config.PipelineRecipe)
-    reader = build_reader(settings.reader)
-    packer = GreedyPacker(reader, **dict(settings.packer))
+    kept = kept or Kept()
+    reader = kept.part("reader", settings.reader, lambda found: build_reader(found, remember=kept.remember))
+    packer = build_packer(settings.packer, reader)
     retriever = build_retriever(settings, index)
-    return Pipeline(reader, packer, retriever, build_reranker(settings.reranker), k=settings.k)
+    reranker = kept.part(
+        "reranker", settings.reranker, lambda found: build_reranker(found, places, remember=kept.remember)
+    )
+    return Pipeline(reader, packer, retriever, reranker, k=settings.k)
 
 
 def build_retriever(settings: config.PipelineRecipe, index: "Index | None") -> "Retriever | None":
@@ -319,17 +383,55 @@ def build_retriever(settings: config.PipelineRecipe, index: "Index | None") -> "
             return retrieve.HybridRetriever(index, **chosen.model_dump(exclude={"kind"}))
 
 
-def build_reranker(settings: config.CrossEncoder | None) -> "Reranker | None":
-    """The re-ranker, or None."""
+def build_packer(settings: config.PackerSettings, reader: "Reader") -> "Packer":
+    """The packer, which budgets with the prices of this reader."""
+    from odqa.pack.greedy import GreedyPacker
+    from odqa.pack.trim import SentenceTrimmer
+
+    trim = None if settings.trim is None else SentenceTrimmer(**dict(settings.trim))
+    return GreedyPacker(reader, **{**dict(settings), "trim": trim})
+
+
+def build_reranker(
+    settings: config.RerankerSettings | None, places: Places | None = None, *, remember: int = 0
+) -> "Reranker | None":
+    """The re-ranker, or None; `remember`: see `Kept`."""
     if settings is None:
         return None
+    if isinstance(settings, config.Cascade):
+        from odqa.rerank.cascade import CascadeReranker
+
+        return CascadeReranker(
+            [stage for one in settings.stages if (stage := build_reranker(one, places, remember=remember))]
+        )
+    if isinstance(settings, config.GivenScores):
+        return _build_score_reranker(settings, places or Places.from_environment())
     from odqa.rerank.cross import CrossEncoderReranker
 
-    return CrossEncoderReranker(**settings.model_dump(exclude={"kind"}))
+    model = settings.model
+    if model.startswith(("embedded:", "data:")):  # anything else is a folder or a name on the hub
+        model = str((places or Places.from_environment()).file(model))
+    return CrossEncoderReranker(**settings.model_dump(exclude={"kind"}) | {"model": model, "remember": remember})
 
 
-def build_reader(settings: config.SpanReaderSettings | config.LmReaderSettings) -> "Reader":
-    """The reader, its frozen model loaded."""
+def _build_score_reranker(settings: config.GivenScores, places: Places) -> "Reranker":
+    """Scores of a run folder of odqa, or of a TREC run file."""
+    from odqa.rerank.scores import ScoreReranker, load_trec_run
+
+    path = places.file(settings.run)
+    if not path.is_dir():
+        scores = load_trec_run(path, tag=settings.tag)
+        return ScoreReranker(scores, settings.tag or path.stem, depth=settings.depth)
+    if settings.tag is not None:
+        raise RecipeError(f"reranker scores: {settings.run} is a run folder, which has no tags. Remove tag.")
+    from odqa.replay import reranked_order
+    from odqa.runs import load_run
+
+    return ScoreReranker(reranked_order(load_run(path)), path.name, depth=settings.depth)
+
+
+def build_reader(settings: config.SpanReaderSettings | config.LmReaderSettings, *, remember: int = 0) -> "Reader":
+    """The reader, its frozen model loaded; `remember`: see `Kept`."""
     if isinstance(settings, config.SpanReaderSettings):
         from odqa.read.span import SpanReader, load_span_reader
 
@@ -337,7 +439,7 @@ def build_reader(settings: config.SpanReaderSettings | config.LmReaderSettings) 
             Places().file(settings.model), backbone=settings.backbone, device=settings.device, dtype=settings.dtype
         )
         loading = {"kind", "model", "backbone", "device", "dtype"}
-        return SpanReader(model, **settings.model_dump(exclude=loading))
+        return SpanReader(model, remember=remember, **settings.model_dump(exclude=loading))
     from odqa.frozen.backbone import load_backbone
     from odqa.read.lm import LmReader, load_lm
     from odqa.read.prompts import Demonstration, find_template

@@ -11,7 +11,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from odqa.evaluate import OUTCOMES, Check, Comparison, Evaluation, QuestionResult, Score, TextOf, judge
+from odqa.evaluate import (
+    OUTCOMES,
+    Check,
+    Comparison,
+    Difference,
+    Evaluation,
+    Gain,
+    Interval,
+    QuestionResult,
+    Score,
+    Selective,
+    TextOf,
+    judge,
+)
 from odqa.text import Matcher, answer_spans, has_answer
 from odqa.types import Answer, Gold, Hit, PackedContext, Step, Trace
 
@@ -19,6 +32,7 @@ Style = Literal["text", "markdown"]
 Named = Sequence[tuple[str, Evaluation]]  # the name of a system, and its evaluation on one question set
 
 _WIDTH = 100  # characters a line of running text
+_SIDE_BY_SIDE = 6  # our choice: more systems than this stand one below the other, their metrics side by side
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private use: mark an answer until lines are wrapped
 
 
@@ -34,6 +48,11 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     left: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+
+    def turned(self) -> "Table":
+        """Rows as columns."""
+        names, *cells = zip(self.columns, *self.rows, strict=True)
+        return Table(self.title, names, tuple(cells), notes=self.notes)
 
     def text(self) -> str:
         widths = [max(len(row[i]) for row in (self.columns, *self.rows)) for i in range(len(self.columns))]
@@ -58,14 +77,38 @@ class Table:
         return column == 0 or self.columns[column] in self.left
 
 
-def render(evaluations: Named, checks: Sequence[tuple[str, Check]] = (), *, style: Style = "text") -> str:
-    """The whole report: per question set its scores, funnel and times, then the expectations of all."""
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A figure of the literature: of which system, and where it stands."""
+
+    name: str
+    metric: str
+    value: float
+    source: str
+
+
+def render(
+    evaluations: Named,
+    checks: Sequence[tuple[str, Check]] = (),
+    *,
+    gains: Sequence[Gain] = (),
+    published: Sequence[Published] = (),
+    style: Style = "text",
+) -> str:
+    """The whole report: per question set scores, gains, funnel, times; then the expectations of all; then others'."""
     tables: list[Table] = []
     for (question_set, split), group in _by_question_set(evaluations).items():
         title = f"{question_set} {split}".strip()
-        tables += [score_table(title, group), funnel_table(title, group)]
+        here = [gain for gain in gains if (gain.question_set, gain.split) == (question_set, split)]
+        known = [(name, found) for name, item in group if (found := item.selective) is not None]
+        scores, funnel = score_table(title, group), funnel_table(title, group)
+        confidence = [confidence_table(title, known)] if known else []
+        if len(group) > _SIDE_BY_SIDE:
+            scores, funnel, confidence = scores.turned(), funnel.turned(), [table.turned() for table in confidence]
+        tables += [scores, *([gain_table(title, here)] if here else []), funnel, *confidence]
         tables += [stage_table(title, group)] if any(item.measured.get("stages") for _, item in group) else []
     tables += [check_table(checks)] if checks else []
+    tables += [published_table(published)] if published else []
     return join(tables, style=style)
 
 
@@ -75,8 +118,14 @@ def join(tables: Iterable[Table], *, style: Style = "text") -> str:
 
 
 def score_table(title: str, evaluations: Named) -> Table:
-    """One row a metric, one column a system; the token budget stands right below the exact match that it bought."""
+    """One row a metric, one column a system; the token budget stands right below the exact match that it bought.
+
+    With a re-ranker among the systems final_recall stands for rerank_recall, which it equals there; without one it
+    equals recall, and is left out.
+    """
+    repeated = "rerank_recall@" if any(item.is_reranked for _, item in evaluations) else "final_recall@"
     names = list(dict.fromkeys(score.name for _, item in evaluations for score in item.scores))
+    names = [name for name in names if not name.startswith(repeated)]
     found = [{score.name: score for score in item.scores} for _, item in evaluations]
     rows = []
     for name in names:
@@ -91,6 +140,23 @@ def score_table(title: str, evaluations: Named) -> Table:
     notes += dict.fromkeys(f"{name}: {note}" for name, item in evaluations for note in item.notes)
     columns = ("metric", *(name for name, _ in evaluations), "unit", "n", "matcher")
     return Table(title, columns, tuple(rows), frozenset({"unit", "matcher"}), tuple(notes))
+
+
+def confidence_table(title: str, systems: Sequence[tuple[str, Selective]]) -> Table:
+    """How well the calibrated confidence tells right answers from wrong ones; see `odqa.evaluate.Selective`."""
+
+    def cell(value: Interval | float | None) -> str:
+        if isinstance(value, Interval):
+            return f"{value.value:.1f} [{value.low:.1f}, {value.high:.1f}]"
+        return "-" if value is None else f"{value:.1f}"
+
+    rows = [
+        ("AUROC, right against wrong answers", *(cell(found.auroc_right) for _, found in systems)),
+        ("AUROC, answerable against unanswerable", *(cell(found.auroc_answerable) for _, found in systems)),
+        ("area under the risk-coverage curve", *(cell(found.aurc) for _, found in systems)),
+        ("expected calibration error", *(cell(found.calibration_error) for _, found in systems)),
+    ]
+    return Table(f"{title}: is the confidence right?", ("%", *(name for name, _ in systems)), tuple(rows))
 
 
 def funnel_table(title: str, evaluations: Named) -> Table:
@@ -108,16 +174,28 @@ def funnel_table(title: str, evaluations: Named) -> Table:
 
 
 def stage_table(title: str, evaluations: Named) -> Table:
-    """Wall seconds and questions a second of each stage, and the peak memory of the process that ran them."""
+    """Wall seconds and questions a second of each stage, and the peak memory of the process that ran them.
+
+    A stage whose result was taken from another run is "shared": it has no time here, and what was done for other
+    questions is counted over those alone.
+    """
     rows, notes = [], []
     for name, item in evaluations:
         for stage, time in item.measured.get("stages", {}).items():
-            seconds, questions = float(time["seconds"]), int(time["questions"])
+            shared = int(time.get("shared", 0))
+            seconds, questions = float(time["seconds"]), int(time["questions"]) - shared
             rate = f"{questions / seconds:,.1f}" if seconds > 0 else "-"
-            rows.append((name, stage, f"{seconds:,.2f}", str(questions), rate))
+            if questions > 0:
+                rows.append((name, stage, f"{seconds:,.2f}", str(questions), rate))
+            if shared > 0:
+                rows.append((name, stage, "shared", str(shared), "-"))
+        source = item.measured.get("ranking_from")
+        notes += [f"{name}: ranking taken from the run {source}"] if source else []
         peak = item.measured.get("peak_memory_bytes")
         device = f", device {item.measured['device']}" if "device" in item.measured else ""
         notes += [f"{name}: peak memory {peak / 2**20:,.0f} MiB{device}"] if peak else []
+    if len(evaluations) > 1:
+        notes.append("systems share pair scores and row readings: of a later one only what was new took time")
     columns = ("system", "stage", "seconds", "questions", "questions/s")
     return Table(f"{title}: time", columns, tuple(rows), frozenset({"stage"}), tuple(notes))
 
@@ -129,15 +207,35 @@ def check_table(checks: Sequence[tuple[str, Check]]) -> Table:
             name,
             f"{check.found.question_set} {check.found.split}".strip(),
             check.expected.name,
-            f"{check.expected.value:.1f}",
-            f"{check.expected.tolerance:.1f}",
-            f"{check.found.value:.1f}",
+            f"{'at least ' if check.expected.is_lower_bound else ''}{check.expected.value:.1f}",
+            "-" if check.expected.is_lower_bound else f"{check.expected.tolerance:.1f}",
+            _interval(check.found) if check.expected.must_be_clear else f"{check.found.value:.1f}",
             "yes" if check.ok else "NO",
         )
         for name, check in checks
     ]
     columns = ("system", "questions", "metric", "expected", "tolerance", "found", "ok")
     return Table("expectations", columns, tuple(rows), frozenset({"questions", "metric", "ok"}))
+
+
+def gain_table(title: str, gains: Sequence[Gain]) -> Table:
+    """One row a pair of systems, one column a metric: the paired difference; * where its interval leaves 0 out."""
+    metrics = list(dict.fromkeys(item.name for gain in gains for item in gain.differences))
+    rows = []
+    for gain in gains:
+        found = {item.name: item for item in gain.differences}
+        cells = [_difference(found[name]) if name in found else "" for name in metrics]
+        counts = dict.fromkeys(str(item.n) for item in gain.differences)
+        rows.append((gain.first, gain.second, *cells, "/".join(counts)))
+    notes = ("[95% interval: paired bootstrap over questions; * leaves 0 out]",)
+    return Table(f"{title}: gains", ("from", "to", *metrics, "n"), tuple(rows), frozenset({"to"}), notes)
+
+
+def published_table(figures: Sequence[Published]) -> Table:
+    """What others report; nothing of it was measured here."""
+    rows = tuple((item.name, item.metric, f"{item.value:.1f}", item.source) for item in figures)
+    columns = ("system", "metric", "value", "source")
+    return Table("published, not run", columns, rows, frozenset({"metric", "source"}))
 
 
 def comparison_table(first: str, second: str, comparison: Comparison) -> Table:
@@ -147,7 +245,7 @@ def comparison_table(first: str, second: str, comparison: Comparison) -> Table:
             item.name,
             f"{item.first:.1f}",
             f"{item.second:.1f}",
-            f"{item.delta.value:+.1f} [{item.delta.low:+.1f}, {item.delta.high:+.1f}]",
+            _delta(item),
             str(item.n),
             "yes" if item.is_clear else "no",
         )
@@ -174,6 +272,14 @@ def _by_question_set(evaluations: Named) -> dict[tuple[str, str], list[tuple[str
 
 def _interval(score: Score) -> str:
     return f"{score.value:.1f} [{score.low:.1f}, {score.high:.1f}]"
+
+
+def _delta(item: Difference) -> str:
+    return f"{item.delta.value:+.1f} [{item.delta.low:+.1f}, {item.delta.high:+.1f}]"
+
+
+def _difference(item: Difference) -> str:
+    return f"{_delta(item)} {'*' if item.is_clear else ' '}"
 
 
 def _budget(evaluation: Evaluation) -> str:
@@ -246,9 +352,11 @@ def explain_question(
 
 
 def confidence(answer: Answer) -> str:
-    """The score as a probability where it is one (a log-probability in nats), else as it is."""
+    """The calibrated confidence; else the score, as a probability where it is one (a log-probability in nats)."""
+    if answer.confidence is not None:
+        return f"confidence {answer.confidence:.2f}"
     if math.isfinite(answer.score) and answer.score <= 0:
-        return f"confidence {math.exp(answer.score):.2f}"
+        return f"confidence {math.exp(answer.score):.2f}, uncalibrated"
     return f"score {answer.score:.4g}"
 
 

@@ -1,9 +1,11 @@
 """The run folder: what a pipeline answered, and everything that led there, one JSON line a question.
 
-    answers.jsonl   {"id", "text", "score", "candidates", "passage_ids"}: the last answer, the passages it was read from
+    answers.jsonl   {"id", "text", "score", "candidates", "passage_ids"}: the last answer, the passages it was read
+                    from; "confidence" beside "score" if the reader is calibrated
     traces.jsonl    the whole `Trace` but for its seconds; the text of packed passages is stored once a trace, so that
                     scoring and explaining what the reader saw need no index
-    timings.jsonl   {"id", "steps": [{"stage", "pass", "seconds", "batch"}]}: all that may differ between two equal runs
+    timings.jsonl   {"id", "steps": [{"stage", "pass", "seconds", "batch"}]}: all that may differ between two equal
+                    runs; seconds are null where a stage's result was taken from another run
     manifest.json   recipe, inputs, hashes of the first two files, seconds per stage, peak memory (`odqa.artifacts`)
     scores.json     written by the evaluation, after the run
 
@@ -21,7 +23,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -165,11 +167,19 @@ def recording(
 
 @dataclass(slots=True)
 class StageTime:
-    """What one stage took in a whole run: wall seconds summed over the questions' shares of their batches."""
+    """What one stage took in a whole run: wall seconds summed over the questions' shares of their batches.
+
+    `shared` of the `steps` were taken from another run and have no seconds.
+    """
 
     seconds: float = 0.0
     steps: int = 0
     questions: int = 0
+    shared: int = 0
+
+    def to_json(self) -> Json:
+        shared = {"shared": self.shared} if self.shared else {}
+        return {"seconds": round(self.seconds, 6), "steps": self.steps, "questions": self.questions, **shared}
 
 
 @dataclass(slots=True)
@@ -185,7 +195,8 @@ class Totals:
         self.passes += len(trace["answers"])
         for step in timing["steps"]:
             total = self.stages.setdefault(step["stage"], StageTime())
-            total.seconds += step["seconds"]
+            total.seconds += step["seconds"] or 0.0
+            total.shared += step["seconds"] is None
             total.steps += 1
         for stage in {step["stage"] for step in timing["steps"]}:
             self.stages[stage].questions += 1
@@ -295,18 +306,18 @@ def _fill_manifest(draft: Draft, writer: RunWriter) -> None:
     totals = writer.totals
     draft.counts |= {"questions": len(writer.finished), "abstained": totals.abstained, "passes": totals.passes}
     draft.measured |= {
-        "stages": {
-            name: {"seconds": round(time.seconds, 6), "steps": time.steps, "questions": time.questions}
-            for name, time in totals.stages.items()
-        },
+        "stages": {name: time.to_json() for name, time in totals.stages.items()},
         "peak_memory_bytes": peak_memory_bytes(),
         **writer.measured,
     }
 
 
 def _identity(recipe: Mapping[str, Any], inputs: Mapping[str, Any], version: str = odqa.__version__) -> Json:
-    """What a run is a run of, one level flat, as it looks after a way through JSON (tuples have become lists)."""
-    parts = {"recipe": recipe, "inputs": inputs}
+    """What a run is a run of, one level flat, as it looks after a way through JSON (tuples have become lists).
+
+    Without `ranking`, which follows from the other inputs and the recipe: see `odqa.replay`.
+    """
+    parts = {"recipe": recipe, "inputs": {name: value for name, value in inputs.items() if name != "ranking"}}
     flat = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
     identity: Json = json.loads(json.dumps({**flat, "odqa": version}))
     return identity
@@ -330,6 +341,7 @@ def answer_to_json(trace: Trace) -> Json:
         "id": trace.query.id,
         "text": answer.text,
         "score": _number(answer.score),
+        **_confidence_to_json(answer),
         "candidates": [_candidate_to_json(candidate) for candidate in answer.candidates],
         "passage_ids": [hit.passage.id for hit in trace.contexts[-1].hits] if trace.contexts else [],
     }
@@ -347,6 +359,7 @@ def trace_to_json(trace: Trace) -> Json:
             {
                 "text": answer.text,
                 "score": _number(answer.score),
+                **_confidence_to_json(answer),
                 "passes": answer.passes,
                 "candidates": [_candidate_to_json(candidate) for candidate in answer.candidates],
             }
@@ -359,6 +372,7 @@ def trace_to_json(trace: Trace) -> Json:
                     {"passage": number[hit.passage], "score": _number(hit.score), "source": hit.source}
                     for hit in context.hits
                 ],
+                "ranks": list(context.ranks),
                 "tokens": context.tokens,
                 "budget": context.budget,
                 "dropped": [
@@ -372,9 +386,14 @@ def trace_to_json(trace: Trace) -> Json:
 
 
 def timing_to_json(trace: Trace) -> Json:
-    """The line of timings.jsonl; seconds to the microsecond."""
+    """The line of timings.jsonl; seconds to the microsecond, null for NaN."""
     steps = [
-        {"stage": step.stage, "pass": step.pass_no, "seconds": round(step.seconds, 6), "batch": step.batch}
+        {
+            "stage": step.stage,
+            "pass": step.pass_no,
+            "seconds": None if math.isnan(step.seconds) else round(step.seconds, 6),
+            "batch": step.batch,
+        }
         for step in trace.steps
     ]
     return {"id": trace.query.id, "steps": steps}
@@ -399,6 +418,7 @@ def trace_from_json(record: Json, timing: Json | None = None) -> Trace:
 def _step_to_json(step: Step) -> Json:
     record: Json = {"stage": step.stage, "pass": step.pass_no, "ids": list(step.ids)}
     record["scores"] = [_number(score) for score in step.scores]
+    record["sources"] = [[source, len(list(group))] for source, group in groupby(step.sources)]
     record["tokens"] = list(step.tokens)
     record["notes"] = _rounded(step.notes)
     return record
@@ -408,12 +428,14 @@ def _step_from_json(record: Json, time: Json) -> Step:
     return Step(
         stage=record["stage"],
         pass_no=record["pass"],
-        seconds=time["seconds"],
+        seconds=math.nan if time["seconds"] is None else time["seconds"],
         batch=time["batch"],
         ids=tuple(record["ids"]),
         scores=tuple(float(score) for score in record["scores"]),
         tokens=tuple(record["tokens"]),
         notes=record["notes"],
+        # Runs of the first version say nothing about sources.
+        sources=tuple(name for name, count in record.get("sources", []) for _ in range(count)),
     )
 
 
@@ -424,6 +446,7 @@ def _answer_from_json(query_id: str, record: Json) -> Answer:
         score=float(record["score"]),
         candidates=tuple(_candidate_from_json(candidate) for candidate in record["candidates"]),
         passes=record["passes"],
+        confidence=None if (confidence := record.get("confidence")) is None else float(confidence),
     )
 
 
@@ -435,7 +458,13 @@ def _context_from_json(query: Query, record: Json, passages: Sequence[Passage]) 
         tokens=record["tokens"],
         budget=record["budget"],
         dropped=tuple(Dropped(item["id"], item["reason"], item["tokens"]) for item in record["dropped"]),
+        ranks=tuple(record.get("ranks", ())),
     )
+
+
+def _confidence_to_json(answer: Answer) -> Json:
+    """Nothing for a reader that is not calibrated."""
+    return {} if answer.confidence is None else {"confidence": _number(answer.confidence)}
 
 
 def _candidate_to_json(candidate: Candidate) -> Json:

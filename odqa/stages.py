@@ -64,6 +64,15 @@ class ProvesFrozen(Protocol):
 
 
 @runtime_checkable
+class ChecksQueries(Protocol):
+    """A stage that serves some queries only, and can say so before hours of work."""
+
+    def check_queries(self, queries: Sequence[Query]) -> None:
+        """Raises DataError if it cannot serve one of the queries."""
+        ...
+
+
+@runtime_checkable
 class Recursion(Protocol):
     """Decides what happens after a pass; the type of what it returns is the control flow."""
 

@@ -151,7 +151,7 @@ def _model(path: str, model: type[config.Settings]) -> list[str]:
     rows, inner = [], []
     for key, field in model.model_fields.items():
         below = f"{path}.{key}"
-        rows.append((f"`{key}`", _type(field.annotation, below), _default(field), _meaning(field)))
+        rows.append((f"`{field.alias or key}`", _type(field.annotation, below), _default(field), _meaning(field)))
         inner += list(_models(field.annotation, below))
     parts.append(_table(("key", "value", "default", "meaning"), rows))
     for place, found in inner:

@@ -5,11 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from odqa.artifacts import load_artifact
+from odqa.corpus.examples import read_rankings
 from odqa.recipes import FOLDERS
 from odqa.runs import load_run
-from tests.command_line import odqa, ok
+from tests.command_line import odqa, ok, refused
 from tests.small_world import TOWNS, World, passages, questions, write_jsonl, write_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -232,6 +234,60 @@ def test_a_reader_is_trained_and_then_reads(world: World, training: Path, tmp_pa
     assert trained["score"] != ok(*asked, "--json").json["score"]
     again = ok("train", training, "--artifacts", tmp_path, "--json")
     assert "trained already" in again.err and again.json["manifest"]["counts"]["examples"] == 40
+
+
+def test_hard_negatives_are_mined_and_train_a_reranker_that_reranks(
+    world: World, training: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = yaml.safe_load(training.read_text())
+    mining = {
+        "kind": "mine",
+        "train": recipe["train"],
+        "passages": recipe["passages"],
+        "pipelines": [str(world.pipeline("span"))],
+        "depth": 6,
+        "limits": {"towns": 30},
+    }
+    write_yaml(tmp_path / "towns-mined.yaml", mining)
+    places = ("--artifacts", str(world.artifacts))
+    mined = ok("mine", tmp_path / "towns-mined.yaml", *places, "--json").json
+    assert mined["manifest"]["counts"] == {"questions": 30}
+    rankings = read_rankings(Path(mined["path"]))
+    assert len(rankings) == 30 and all(len(r.ids) == 6 and any(r.holds) for r in rankings.values())
+    assert "mined already" in ok("mine", tmp_path / "towns-mined.yaml", *places).err
+
+    settings = {key: recipe[key] for key in ("backbone", "method", "train", "passages", "device")}
+    settings |= {
+        "kind": "train-reranker",
+        "rankings": str(tmp_path / "towns-mined.yaml"),
+        "groups": {"groups": 4, "negatives": 3},
+        "fit": {"steps": 3, "learning_rates": {"method": 0.01, "head": 0.01}, "evaluate_every": 2},
+        "candidates": str(world.pipeline("span")),
+        "candidate_depth": 5,
+        "tune": [{"name": "towns", "file": str(world.questions), "limit": 5}],
+    }
+    write_yaml(tmp_path / "towns-reranker.yaml", settings)
+    made = ok("train", tmp_path / "towns-reranker.yaml", *places, "--json").json
+    assert made["manifest"]["counts"]["examples"] == 30 and made["manifest"]["counts"]["questions_seen"] == 12
+    curve = json.loads((Path(made["path"]) / "curve.json").read_text())
+    assert [entry["step"] for entry in curve] == [2, 3] and all("towns.recall@1" in entry for entry in curve)
+    again = ok("train", tmp_path / "towns-reranker.yaml", *places)
+    assert "trained already" in again.err
+
+    reranker = f"reranker={{kind: cross-encoder, model: {made['path']}, device: cpu, dtype: float32}}"
+    asked = ("ask", world.pipeline("span"), "how high is the tower of korbar", *places, "--set", reranker, "--json")
+    steps = {step["stage"]: step for step in ok(*asked).json["trace"]["steps"]}
+    assert sorted(steps["rerank"]["ids"]) == sorted(steps["retrieve"]["ids"])
+    assert steps["rerank"]["scores"] == sorted(steps["rerank"]["scores"], reverse=True)
+
+
+def test_a_training_names_what_has_to_be_mined_first(world: World, training: Path, tmp_path: Path) -> None:
+    mining = {"kind": "mine", "train": "x", "passages": ["y"], "pipelines": ["z"]}
+    write_yaml(tmp_path / "later.yaml", mining)
+    recipe = yaml.safe_load(training.read_text()) | {"rankings": str(tmp_path / "later.yaml")}
+    recipe["groups"] = {"groups": 4, "packed": 2}
+    line = refused("train", write_yaml(tmp_path / "reader.yaml", recipe), "--artifacts", tmp_path)
+    assert line.endswith(f"Mine them with: odqa mine {tmp_path / 'later.yaml'}")
 
 
 def test_two_trainings_of_one_recipe_give_the_same_bytes(training: Path, tmp_path: Path) -> None:

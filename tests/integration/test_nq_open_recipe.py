@@ -88,7 +88,8 @@ def test_the_recipes_name_the_full_run() -> None:
     assert index.dense.vectors.train_rows >= 39 * lists  # FAISS warns below 39 vectors a list
     assert isinstance(pipeline, config.PipelineRecipe) and isinstance(pipeline.retriever, config.HybridRetriever)
     assert isinstance(pipeline.reader, config.LmReaderSettings) and pipeline.reader.model.count("/") == 1
-    assert isinstance(evaluation, config.EvalRecipe) and evaluation.pipelines == ("pipelines/nq-open.yaml",)
+    assert isinstance(evaluation, config.EvalRecipe)
+    assert [variant.recipe for variant in evaluation.pipelines] == ["pipelines/nq-open.yaml"]
     (questions_of,) = evaluation.questions
     assert (questions_of.hub, questions_of.split) == ("google-research-datasets/nq_open", "validation")
 

@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from odqa import config
 from odqa.artifacts import MANIFEST
 from odqa.errors import ArtifactError, DataError, RecipeError
-from odqa.recipes import FOLDERS, Places, check_index_recipe, describe_file, find_recipe, index_folder, load_recipe
+from odqa.recipes import (
+    FOLDERS,
+    Places,
+    check_index_recipe,
+    describe_file,
+    find_recipe,
+    index_folder,
+    load_recipe,
+    load_variants,
+)
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.yaml"))
@@ -76,7 +85,7 @@ def test_every_pipeline_and_index_that_a_shipped_recipe_names_is_shipped() -> No
         if isinstance(found, config.PipelineRecipe) and found.index is not None:
             assert load_recipe(ROOT / found.index, "index")
         if isinstance(found, config.EvalRecipe):
-            assert all(load_recipe(ROOT / name, "pipeline") for name in found.pipelines)
+            assert all(load_recipe(ROOT / variant.recipe, "pipeline") for variant in found.pipelines)
 
 
 def test_the_hash_depends_on_settings_not_on_how_they_are_written(write: Write) -> None:
@@ -128,6 +137,21 @@ k: many
         ("reader.kind=lm", None),  # a model is all that it needs
         ("index=null", "a hybrid retriever needs an index. Name one under index."),
         ("retriever.weights=[1]", "retriever.weights.1 is missing."),
+        ("reranker={kind: cross}", "reranker.kind is 'cross'; expected one of cross-encoder, scores, cascade."),
+        ("reranker={kind: scores, rum: x, run: y}", "reranker.rum is not a setting of scores (kind, run, tag, depth)."),
+        ("reranker={kind: cascade, stages: [{kind: scores, run: x}]}", "reranker.stages is [{'kind': 'scores',"),
+        (
+            "reranker={kind: cascade, stages: [{kind: scores, run: x}, {kind: scores, rn: x, run: y}]}",
+            "reranker.stages.1.rn is not a setting of scores (kind, run, tag, depth). Did you mean run?",
+        ),
+        (
+            "reranker={kind: cascade, stages: [{kind: scores, run: x, depth: 5}, {kind: scores, run: x, depth: 5}]}",
+            "reranker: stage 1 has the depth 5, the one before 5: nothing of that one's order would be left.",
+        ),
+        (
+            "reranker={kind: cascade, stages: [{kind: scores, run: x}, {kind: scores, run: x}]}",
+            "reranker: stage 1 has the depth all, the one before all: nothing",
+        ),
         ("reader.model=[1]", "reader.model is [1]: Input should be a valid string."),
     ],
 )
@@ -155,6 +179,23 @@ def test_a_mistake_in_a_pipeline_names_the_place_as_the_recipe_has_it(
             "questions.0.expected.a.em.valu is not a setting of em",
         ),
         ("pipelines=[x/a.yaml, y/a.yaml]", "pipelines need names of their own (found: a, a)."),
+        (
+            "pipelines=[{recipe: x/a.yaml, name: b}, x/b.yaml]",
+            "pipelines need names of their own (found: b, b).",
+        ),
+        ("pipelines.1={recipe: x.yaml}", "pipelines.1.name is missing."),
+        ("pipelines.1={recipe: x.yaml, name: ../up}", "pipelines.1.name is '../up': String should match pattern"),
+        ("pipelines.1={recip: x.yaml, recipe: y, name: z}", "pipelines.1.recip is not a setting of pipelines"),
+        ("pipelines.1=5", "pipelines.1: found 5; expected the path of a pipeline recipe, or {recipe, name, set}."),
+        ("gains=[{from: a, to: c}]", "a gain names c; pipelines are a, b."),
+        ("gains=[{from: a}]", "gains.0.to is missing."),
+        ("gains=[{to: a}]", "gains.0.from is missing."),
+        ("gains=[{from: a, to: b, form: c}]", "gains.0.form is not a setting of gains (from, to, expected). Did you"),
+        ("gains=[{from: a, to: b, expected: {two: {}}}]", "a gain from a to b is expected on two; question sets are"),
+        ("gains=[{from: a, to: b, expected: {one: {mrr: {value: 1}}}}]", "gains.0.expected: 'mrr' is not a metric"),
+        ("published=[{name: x, metric: mrr, value: 1, source: y}]", "published.0.metric: 'mrr' is not a metric"),
+        ("questions.0.expected={a: {em: {}}}", "questions.0.expected.a.em: give either a value (with a tolerance) or"),
+        ("questions.0.expected={a: {em: {at_least: 1, tolerance: 2}}}", "questions.0.expected.a.em: at_least takes no"),
         ("questions=[]", "questions is []: Tuple should have at least 1 item"),
         ("recall_at=[0]", "recall_at.0 is 0: Input should be greater than or equal to 1."),
     ],
@@ -162,6 +203,47 @@ def test_a_mistake_in_a_pipeline_names_the_place_as_the_recipe_has_it(
 def test_a_mistake_in_an_evaluation_is_told_before_anything_runs(write: Write, change: str, told: str) -> None:
     (found,) = mistakes(write(EVAL), change)
     assert found.startswith(told)
+
+
+def test_pipelines_of_an_evaluation_are_paths_or_variants_with_names_of_their_own(write: Write) -> None:
+    variant = "{recipe: pipelines/embedded.yaml, name: small, set: {packer.budget: 160, retriever: {kind: bm25}}}"
+    path = write(EVAL.replace("[pipelines/a.yaml, pipelines/b.yaml]", f"[pipelines/embedded.yaml, {variant}]"))
+    recipe = load_recipe(path)
+    plain, small = load_variants(recipe)
+    assert (plain.name, small.name) == ("embedded", "small")
+    assert isinstance(small.settings, config.PipelineRecipe) and small.settings.packer.budget == 160
+    assert small.settings.retriever == config.Bm25Retriever(kind="bm25")
+    assert plain.resolved == load_recipe("pipelines/embedded.yaml").resolved
+    assert recipe.resolved["pipelines"][0] == "pipelines/embedded.yaml"  # a path stays one
+    again = load_recipe(write(yaml.safe_dump(recipe.resolved)))
+    assert again.hash == recipe.hash
+
+
+def test_mistakes_of_all_variants_are_told_at_once_with_their_places(write: Write) -> None:
+    wrong = "{recipe: pipelines/embedded.yaml, name: one, set: {packer.budgit: 5, k: many}}"
+    lost = "{recipe: pipelines/embeded.yaml, name: two}"
+    path = write(EVAL.replace("[pipelines/a.yaml, pipelines/b.yaml]", f"[{wrong}, pipelines/embedded.yaml, {lost}]"))
+    with pytest.raises(RecipeError) as caught:
+        load_variants(load_recipe(path))
+    first, second, third = str(caught.value).splitlines()
+    assert first.startswith(f"{path}: pipelines.0 (one): ") and "k is 'many'" in first
+    assert second.startswith(f"{path}: pipelines.0 (one): ") and "Did you mean budget?" in second
+    assert third.startswith(f"{path}: pipelines.2 (two): pipelines/embeded.yaml: no such recipe")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"packer.budget.x": 5}, "set packer.budget.x: 'x' is to be set in"), ({"": 5}, "set : expected KEY or KEY.KEY")],
+)
+def test_a_setting_in_no_place_is_told(write: Write, settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(write(PIPELINE + "packer: {budget: 5}\n"), settings=settings)
+
+
+def test_settings_are_put_one_after_the_other_and_stay_as_they_were(write: Write) -> None:
+    scores = {"kind": "scores", "run": "x"}
+    recipe = load_recipe(write(PIPELINE), settings={"reranker": scores, "reranker.depth": 3})
+    assert recipe.resolved["reranker"]["depth"] == 3 and scores == {"kind": "scores", "run": "x"}
 
 
 def test_two_question_sets_of_one_name_are_refused(write: Write) -> None:

@@ -1,11 +1,13 @@
 """odqa.report: what a person reads, checked as whole lines."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from odqa.evaluate import Evaluation, Expectation, check_expectations, compare, evaluate, judge
+from odqa.evaluate import Evaluation, Expectation, check_expectations, compare, evaluate, judge, measure_gain
 from odqa.report import (
+    Published,
     Table,
     changed_table,
     check_table,
@@ -15,6 +17,7 @@ from odqa.report import (
     explain_question,
     mark,
     render,
+    stage_table,
 )
 from odqa.types import Answer, Candidate, Dropped, Gold, Hit, PackedContext, Passage, Query, Step, Trace
 
@@ -123,6 +126,68 @@ def test_expectations_stand_beside_what_was_found() -> None:
     assert rows[1] == ("bm25", "toy dev", "recall@2", "92.0", "0.3", "100.0", "NO")
 
 
+def test_many_systems_stand_one_below_the_other() -> None:
+    systems = [(f"s{number}", an_evaluation("Rome", "Bern")) for number in range(7)]
+    lines = [" ".join(line.split()) for line in render(systems).splitlines()]
+    assert lines[1].startswith("metric em budget f1 recall@1")
+    assert sum(line.startswith("s3 50.0 [0.0, 100.0] 128 ") for line in lines) == 1
+    assert any(line.startswith("unit % tokens/pass %") for line in lines)
+    assert any(line.startswith("outcome not retrieved reranked away") for line in lines)
+    assert any(line.startswith("s6 0 (0.0%)") and line.endswith("2 (100.0%)") for line in lines)
+
+
+def test_recall_after_a_reranker_is_printed_once_and_beside_systems_without_one() -> None:
+    steps = (Step("retrieve", 1, 0.1, 1, ("p2", "p1")), Step("rerank", 1, 0.1, 1, ("p1", "p2")))
+    reranked = [Trace(trace.query, steps, trace.answers, trace.contexts) for trace in (a_trace("q0"),)]
+    gold = [Gold("q0", ("Rome",))]
+    second = evaluate(reranked, gold, TEXTS.__getitem__, question_set="toy", split="dev", depths=(1,), resamples=20)
+    alone = render([("one", an_evaluation("Rome"))])
+    both = [" ".join(line.split()) for line in render([("one", an_evaluation("Rome")), ("two", second)]).splitlines()]
+    assert "final_recall" not in alone  # it would repeat recall
+    assert "final_recall@1 0.0 [0.0, 0.0] 100.0 [100.0, 100.0] % 1 has_answer string" in both
+    assert not any(line.startswith("rerank_recall") for line in both)
+
+
+def test_a_stage_that_did_not_run_is_shared_and_has_no_rate() -> None:
+    stages = {
+        "retrieve": {"seconds": 0.0, "steps": 4, "questions": 4, "shared": 4},
+        "rerank": {"seconds": 2.0, "steps": 4, "questions": 4, "shared": 3},
+        "read": {"seconds": 8.0, "steps": 4, "questions": 4},
+    }
+    measured = {"stages": stages, "ranking_from": "../../other/toy"}
+    table = stage_table("toy", [("one", replace(an_evaluation("Rome"), measured=measured))])
+    assert table.rows == (
+        ("one", "retrieve", "shared", "4", "-"),
+        ("one", "rerank", "2.00", "1", "0.5"),  # what was computed, over those questions alone
+        ("one", "rerank", "shared", "3", "-"),
+        ("one", "read", "8.00", "4", "0.5"),
+    )
+    assert table.notes == ("one: ranking taken from the run ../../other/toy",)
+
+
+def test_gains_are_a_row_a_pair_and_marked_where_they_leave_zero_out() -> None:
+    first, second = an_evaluation(*["Bern"] * 20), an_evaluation(*["Rome"] * 20)
+    gains = [measure_gain("a", first, "b", second, metrics=("recall_in_context", "em"))]
+    lines = [" ".join(line.split()) for line in render([("a", first), ("b", second)], gains=gains).splitlines()]
+    at = lines.index("toy dev: gains")
+    assert lines[at + 1] == "from to recall_in_context em n"
+    assert lines[at + 3] == "a b +0.0 [+0.0, +0.0] +100.0 [+100.0, +100.0] * 20"
+
+
+def test_the_bound_of_a_gain_stands_beside_its_interval() -> None:
+    gain = measure_gain("a", an_evaluation(*["Bern"] * 20), "b", an_evaluation(*["Rome"] * 20), metrics=("em",))
+    checks = gain.check([Expectation("em", 4.0, 0.0, is_lower_bound=True, must_be_clear=True)])
+    (row,) = check_table([(gain.name, check) for check in checks]).rows
+    assert row == ("a -> b", "toy dev", "em", "at least 4.0", "-", "100.0 [100.0, 100.0]", "yes")
+
+
+def test_published_figures_are_marked_as_not_run() -> None:
+    figure = Published("J1 frozen, DPR", "em", 46.6, "arXiv 2204.10019, table 2")
+    text = render([("one", an_evaluation("Rome"))], published=[figure])
+    lines = text[text.index("published, not run") :].splitlines()
+    assert " ".join(lines[-1].split()) == "J1 frozen, DPR em 46.6 arXiv 2204.10019, table 2"
+
+
 def test_a_comparison_shows_the_paired_difference_and_what_changed() -> None:
     comparison = compare(an_evaluation("Bern", "Rome"), an_evaluation("Rome", "Rome"))
     em = comparison_table("a", "b", comparison).rows[0]
@@ -138,7 +203,7 @@ def test_a_comparison_shows_the_paired_difference_and_what_changed() -> None:
 def test_evidence_marks_the_answer_in_the_packed_passages_and_ends_with_the_times() -> None:
     text = evidence(a_trace())
     lines = text.splitlines()
-    assert lines[0] == "Rome  (confidence 0.78)"  # exp(-0.25) = 0.7788
+    assert lines[0] == "Rome  (confidence 0.78, uncalibrated)"  # exp(-0.25) = 0.7788
     assert "packed 2 passages, 95 of 128 tokens" in lines
     assert "1. Italy  [p1, bm25 2.5, 40 tokens]" in lines
     assert "   [[Rome]] is the capital of Italy; [[Rome]] is old." in lines
@@ -173,7 +238,7 @@ def test_explain_lists_each_stage_with_ids_scores_tokens_and_notes() -> None:
     assert "pack: 0.0010 s, 2 passages, 80 tokens" in lines
     assert "1 2.5000 p1 40 tokens Italy" in lines
     assert "kept: 2" in lines
-    assert "answer: Rome (confidence 0.78)" in lines
+    assert "answer: Rome (confidence 0.78, uncalibrated)" in lines
     assert "outcome" not in text and "*" not in text  # nothing is judged without gold
 
 
@@ -212,7 +277,27 @@ def test_overlapping_marks_become_one(spans: list[tuple[int, int]], marked: str)
     assert mark("abcdef", spans) == marked
 
 
+def test_confidence_is_the_calibrated_one_where_there_is_one() -> None:
+    assert confidence(Answer("q", "x", -0.25, confidence=0.5)) == "confidence 0.50"
+
+
+def test_the_report_judges_confidence_only_where_all_questions_have_one() -> None:
+    """q0 is right with 0.9, q1 wrong with 0.3: told apart perfectly; the curve has risk 0 at half, 1/2 at all."""
+    traces = [a_trace("q0", "Rome"), a_trace("q1", "Bern")]
+    sure = [replace(t, answers=(replace(t.answer, confidence=c),)) for t, c in zip(traces, (0.9, 0.3), strict=True)]
+    gold = [Gold(trace.query.id, ("Rome",)) for trace in traces]
+
+    def report(run: list[Trace]) -> str:
+        item = evaluate(run, gold, TEXTS.__getitem__, question_set="toy", split="dev", resamples=20)
+        return render([("one", item)])
+
+    rows = [line.split("  ") for line in report(sure).splitlines()]
+    assert ["AUROC, right against wrong answers", "100.0 [100.0, 100.0]"] in [[row[0], row[-1].strip()] for row in rows]
+    assert ["area under the risk-coverage curve", "25.0"] in [[row[0], row[-1].strip()] for row in rows]
+    assert "confidence right" not in report([sure[0], traces[1]])
+
+
 def test_confidence_is_a_probability_only_where_the_score_is_a_log_probability() -> None:
-    assert confidence(Answer("q", "x", 0.0)) == "confidence 1.00"
+    assert confidence(Answer("q", "x", 0.0)) == "confidence 1.00, uncalibrated"
     assert confidence(Answer("q", "x", 7.5)) == "score 7.5"
     assert confidence(Answer("q", "x", -math.inf)) == "score -inf"

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,16 @@ def test_the_answer_line_names_the_passages_of_the_last_context() -> None:
         ],
         "passage_ids": ["p2"],
     }
+
+
+def test_confidence_is_written_where_there_is_one_and_older_lines_are_read_without() -> None:
+    trace = make_trace("q1")
+    sure = replace(trace, answers=(trace.answers[0], replace(trace.answers[1], confidence=0.62500001)))
+    record = json.loads(json.dumps(trace_to_json(sure)))
+    assert answer_to_json(sure)["confidence"] == record["answers"][1]["confidence"] == 0.625
+    assert [answer.confidence for answer in trace_from_json(record).answers] == [None, 0.625]
+    assert "confidence" not in json.dumps([trace_to_json(trace), answer_to_json(trace)])  # as the first version wrote
+    assert trace_from_json(trace_to_json(trace)).answer.confidence is None
 
 
 def test_scores_keep_six_significant_digits_and_numbers_that_json_lacks() -> None:
