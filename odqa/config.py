@@ -200,6 +200,9 @@ class SpanReaderSettings(Settings):
     candidates: int = Field(5, ge=1)
     combine: Literal["sum", "max"] = "sum"
     rank_prior: float = Field(0.0, ge=0, description="a span of the passage of rank r weighs r ** -rank_prior")
+    score_prior: float = Field(
+        0.0, ge=0, description="... of score s exp(score_prior * (s - the best s)); with a re-ranker"
+    )
     abstain_below: float = Field(
         0.0, ge=0, le=1, description="answer nothing when the confidence is lower; above 0 it needs a calibrated reader"
     )
@@ -601,6 +604,33 @@ class RerankerTraining(Settings):
         return self
 
 
+class AveragedPart(Settings):
+    """A trained reader or re-ranker, and what its method and head weigh in the mean."""
+
+    model: str
+    method: float = Field(ge=0)
+    head: float = Field(0.0, ge=0)
+
+
+class ReaderAverage(Settings):
+    """A span reader whose values are a weighted mean of trained ones, which went on from one another."""
+
+    kind: Literal["train-average"]
+    parts: tuple[AveragedPart, ...] = Field(min_length=2)
+    like: int = Field(0, ge=0, description="the part, from 0, whose settings the reader has: backbone, no_answer, ...")
+    stored: Literal["float16", "float32"] = "float16"
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        for name in ("method", "head"):
+            total = sum(getattr(part, name) for part in self.parts)
+            if abs(total - 1) > 1e-6:
+                raise ValueError(f"the weights of {name} add up to {total:g}; they must add up to 1.")
+        if self.like >= len(self.parts):
+            raise ValueError(f"like is {self.like}; parts are 0 to {len(self.parts) - 1}.")
+        return self
+
+
 RECIPES: dict[str, type[Settings]] = {
     "mine": Mining,
     "index": IndexRecipe,
@@ -608,4 +638,5 @@ RECIPES: dict[str, type[Settings]] = {
     "eval": EvalRecipe,
     "train-span-reader": ReaderTraining,
     "train-reranker": RerankerTraining,
+    "train-average": ReaderAverage,
 }

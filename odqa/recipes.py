@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 from odqa import config
 from odqa.artifacts import MANIFEST, sha256_file, sha256_json
 from odqa.errors import ArtifactError, DataError, RecipeError
+from odqa.runtime import Recent
 
 if TYPE_CHECKING:
     from odqa.pipeline import Pipeline
@@ -331,12 +332,17 @@ class Kept:
     """The parts of the pipeline built last, so that the next one loads no model twice.
 
     A part with other settings is let go before its successor is built: two readers are never in memory together.
-    Re-rankers and readers that look at passages one by one keep what they found out about the last `remember` of them.
+    What a model said of single passages is kept longer, the last `remember` of them for each model (0: nothing).
     """
 
     def __init__(self, remember: int = 0) -> None:
         self.remember = remember
         self._parts: dict[str, tuple[config.Settings | None, Any]] = {}
+        self._memories: dict[tuple[object, ...], Recent[Any, Any]] = {}
+
+    def memory(self, *model: object) -> "Recent[Any, Any] | None":
+        """What is known of single passages by the model that `model` stands for."""
+        return self._memories.setdefault(model, Recent(self.remember)) if self.remember else None
 
     def part(self, name: str, settings: S, build: Callable[[S], P]) -> P:
         """What the last pipeline had under this name if its settings are equal, else what `build` makes of them."""
@@ -356,12 +362,10 @@ def build_pipeline(
     settings = recipe.settings
     assert isinstance(settings, config.PipelineRecipe)
     kept = kept or Kept()
-    reader = kept.part("reader", settings.reader, lambda found: build_reader(found, remember=kept.remember))
+    reader = kept.part("reader", settings.reader, lambda found: build_reader(found, kept=kept))
     packer = build_packer(settings.packer, reader)
     retriever = build_retriever(settings, index)
-    reranker = kept.part(
-        "reranker", settings.reranker, lambda found: build_reranker(found, places, remember=kept.remember)
-    )
+    reranker = kept.part("reranker", settings.reranker, lambda found: build_reranker(found, places, kept=kept))
     return Pipeline(reader, packer, retriever, reranker, k=settings.k)
 
 
@@ -393,17 +397,15 @@ def build_packer(settings: config.PackerSettings, reader: "Reader") -> "Packer":
 
 
 def build_reranker(
-    settings: config.RerankerSettings | None, places: Places | None = None, *, remember: int = 0
+    settings: config.RerankerSettings | None, places: Places | None = None, *, kept: Kept | None = None
 ) -> "Reranker | None":
-    """The re-ranker, or None; `remember`: see `Kept`."""
+    """The re-ranker, or None; `kept` has the memory that re-rankers with the same model share."""
     if settings is None:
         return None
     if isinstance(settings, config.Cascade):
         from odqa.rerank.cascade import CascadeReranker
 
-        return CascadeReranker(
-            [stage for one in settings.stages if (stage := build_reranker(one, places, remember=remember))]
-        )
+        return CascadeReranker([stage for one in settings.stages if (stage := build_reranker(one, places, kept=kept))])
     if isinstance(settings, config.GivenScores):
         return _build_score_reranker(settings, places or Places.from_environment())
     from odqa.rerank.cross import CrossEncoderReranker
@@ -411,7 +413,9 @@ def build_reranker(
     model = settings.model
     if model.startswith(("embedded:", "data:")):  # anything else is a folder or a name on the hub
         model = str((places or Places.from_environment()).file(model))
-    return CrossEncoderReranker(**settings.model_dump(exclude={"kind"}) | {"model": model, "remember": remember})
+    of_model = (model, settings.max_tokens, settings.positive_label, settings.device, settings.dtype)
+    memory = None if kept is None else kept.memory("rerank", *of_model)
+    return CrossEncoderReranker(**settings.model_dump(exclude={"kind"}) | {"model": model, "memory": memory})
 
 
 def _build_score_reranker(settings: config.GivenScores, places: Places) -> "Reranker":
@@ -430,8 +434,10 @@ def _build_score_reranker(settings: config.GivenScores, places: Places) -> "Rera
     return ScoreReranker(reranked_order(load_run(path)), path.name, depth=settings.depth)
 
 
-def build_reader(settings: config.SpanReaderSettings | config.LmReaderSettings, *, remember: int = 0) -> "Reader":
-    """The reader, its frozen model loaded; `remember`: see `Kept`."""
+def build_reader(
+    settings: config.SpanReaderSettings | config.LmReaderSettings, *, kept: Kept | None = None
+) -> "Reader":
+    """The reader, its frozen model loaded; `kept` has the memory that readers with the same model share."""
     if isinstance(settings, config.SpanReaderSettings):
         from odqa.read.span import SpanReader, load_span_reader
 
@@ -439,7 +445,9 @@ def build_reader(settings: config.SpanReaderSettings | config.LmReaderSettings, 
             Places().file(settings.model), backbone=settings.backbone, device=settings.device, dtype=settings.dtype
         )
         loading = {"kind", "model", "backbone", "device", "dtype"}
-        return SpanReader(model, remember=remember, **settings.model_dump(exclude=loading))
+        of_model = (settings.model, settings.backbone, settings.device, settings.dtype, settings.candidates)
+        memory = None if kept is None else kept.memory("read", *of_model)
+        return SpanReader(model, memory=memory, **settings.model_dump(exclude=loading))
     from odqa.frozen.backbone import load_backbone
     from odqa.read.lm import LmReader, load_lm
     from odqa.read.prompts import Demonstration, find_template

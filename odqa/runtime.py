@@ -4,18 +4,22 @@ torch is imported inside the functions that need it, so that the command line ca
 """
 
 import contextlib
+import itertools
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from odqa.errors import DataError
 
 if TYPE_CHECKING:
     import torch
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 # Tokens a batch, on a processor and on a CUDA device. Measured for MiniLM: activations should stay in the cache.
 BATCH_TOKENS = (2048, 65_536)
@@ -117,6 +121,20 @@ def _single_threaded_workers() -> Iterator[ThreadPoolExecutor]:
             yield pool
     finally:
         torch.set_num_threads(threads)  # the workers' calls also told torch what threads made later begin with
+
+
+class Recent(dict[K, V]):
+    """A dictionary that keeps what was added last, at most `limit` entries; `store` adds."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def store(self, found: Mapping[K, V]) -> None:
+        """Add entries, and let the oldest go."""
+        self.update(found)
+        for key in list(itertools.islice(self, max(0, len(self) - self.limit))):
+            del self[key]
 
 
 def peak_memory_bytes() -> int:

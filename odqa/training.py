@@ -12,7 +12,7 @@ import numpy as np
 
 from odqa import config
 from odqa.artifacts import MANIFEST, Artifact, building, load_artifact, sha256_file, sha256_json
-from odqa.errors import ArtifactError, DataError
+from odqa.errors import ArtifactError, ArtifactMismatch, DataError
 from odqa.jobs import finished_artifact, load_ranker
 from odqa.recipes import Places, Recipe, describe_file, load_recipe
 from odqa.runtime import progress
@@ -20,6 +20,7 @@ from odqa.runtime import progress
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
     from torch import nn
 
     from odqa.corpus.examples import Example, Ranking
@@ -76,7 +77,7 @@ def mine(
                 name = f"part-{number:05}.jsonl"
                 if not draft.has(name):
                     rankings = _rank(block, finders, settings)
-                    draft.part(name, lambda path, rankings=rankings: write_rankings(path, rankings))  # type: ignore[misc]
+                    draft.part(name, lambda path, rankings=rankings: write_rankings(path, rankings))
                 bar.advance(len(block))
         draft.counts |= {"questions": len(examples)}
     return load_artifact(folder, RANKINGS)
@@ -137,6 +138,8 @@ def train(
     places = places or Places.from_environment()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, "train", changes=changes)
     folder = out or places.artifacts / recipe.name
+    if isinstance(recipe.settings, config.ReaderAverage):
+        return _average_readers(recipe, recipe.settings, places, folder, log)
     if isinstance(recipe.settings, config.ReaderTraining):
         return _train_reader(recipe, recipe.settings, places, folder, log)
     assert isinstance(recipe.settings, config.RerankerTraining)
@@ -219,6 +222,53 @@ def _train_reranker(
             log=log,
         )
     return load_artifact(folder, kind)
+
+
+def _average_readers(
+    recipe: Recipe, settings: config.ReaderAverage, places: Places, folder: Path, log: Log
+) -> Artifact:
+    """The weighted mean of trained values (Wortsman et al. 2022, arXiv 2203.05482, "model soups").
+
+    It is a model only where the parts lie close together: each went on from another one's values.
+    """
+    from safetensors.torch import load_file, save_file
+
+    from odqa.frozen.method import DESCRIPTION, TENSORS
+    from odqa.read import span
+
+    sources = [places.file(part.model) for part in settings.parts]
+    inputs: dict[str, Any] = {
+        part.model: sha256_json([sha256_file(source / name) for name in (TENSORS, DESCRIPTION, HEADS[0])])
+        for part, source in zip(settings.parts, sources, strict=True)
+    }
+    found = finished_artifact(folder, span.KIND, recipe, log)
+    if found is not None and found.manifest["inputs"] == inputs:
+        log(f"{folder}: made already")
+        return found
+    like = sources[settings.like]
+    descriptions = {(source / DESCRIPTION).read_text(encoding="utf-8") for source in sources}
+    if len(descriptions) > 1:
+        raise ArtifactMismatch(
+            f"{recipe.path}: the parts' methods have different settings or backbones ({DESCRIPTION}). A mean needs the "
+            "same method on the same backbone."
+        )
+
+    def mean(name: str, weights: Sequence[float]) -> dict[str, "torch.Tensor"]:
+        used = [(weight, load_file(s / name)) for weight, s in zip(weights, sources, strict=True) if weight]
+        return {key: sum(weight * tensors[key].float() for weight, tensors in used) for key in used[0][1]}
+
+    with building(folder, span.KIND, recipe=recipe.resolved, inputs=inputs) as draft:
+        method = mean(TENSORS, [part.method for part in settings.parts])
+        if settings.stored == "float16":
+            method = {name: tensor.half() for name, tensor in method.items()}
+        save_file(method, draft.path / TENSORS)
+        save_file(mean(HEADS[0], [part.head for part in settings.parts]), draft.path / HEADS[0])
+        for name in (DESCRIPTION, span.READER):
+            (draft.path / name).write_bytes((like / name).read_bytes())
+        head = load_file(draft.path / HEADS[0])
+        draft.counts["trainable"] = sum(tensor.numel() for tensor in (*method.values(), *head.values()))
+        draft.extra["backbone"] = load_artifact(like, span.KIND).manifest["backbone"]
+    return load_artifact(folder, span.KIND)
 
 
 HEADS = ("head.safetensors",)  # of readers and re-rankers alike

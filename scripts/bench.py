@@ -36,7 +36,6 @@ import typer
 
 if TYPE_CHECKING:
     from odqa.rerank.cross import CrossEncoderReranker
-    from odqa.rerank.models import Row
     from odqa.types import Hit, Query
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -44,6 +43,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 _ROOT = Path(__file__).resolve().parent.parent
 _RESULTS = _ROOT / "eval" / "results"
 _RERANKER = "embedded:reranker-1"
+_PEER = "sentence-transformers"
 _FLAGS = {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"}  # those that decide the speed
 
 
@@ -210,66 +210,58 @@ def rerank(
     places = Places.from_environment(data)
     artifact = places.file(reranker)
     sets = [_candidates(places.file(f"data:nq-mini/{name}.jsonl"), index, compared) for name in ("nq_dev", "squad_dev")]
-    with tempfile.TemporaryDirectory() as exported:
-        export_classifier(artifact, Path(exported))
-        peer = CrossEncoder(exported, device="cpu")
-        stage = {
+    asked = [one for each in sets for one in list(zip(each.queries, each.hits, strict=True))[:timed]]
+    with tempfile.TemporaryDirectory() as folder:
+        export_classifier(artifact, Path(folder))
+        peer = CrossEncoder(folder, device="cpu")
+        stages = {
             "odqa": CrossEncoderReranker(str(artifact), device="cpu"),
-            "odqa, same folder as the peer": _same_rows(exported, "auto"),
-            "odqa, same folder, float32": _same_rows(exported, "float32"),
+            "odqa, folder of the peer": _same_rows(folder, "auto"),
+            "odqa, folder of the peer, float32": _same_rows(folder, "float32"),
         }
-    asked = [(query, hits) for each in sets for query, hits in zip(each.queries[:timed], each.hits, strict=False)]
-    pairs = [[(query.text, _second_text(hit)) for hit in hits] for query, hits in asked]
-    systems: dict[str, Callable[[int], object]] = {"sentence-transformers": lambda number: peer.predict(pairs[number])}
-    for name, reranking in stage.items():
-        systems[name] = lambda number, reranking=reranking: reranking.rerank([asked[number][0]], [asked[number][1]])  # type: ignore[misc]
+    pairs = [[(query.text, f"{hit.passage.title} [SEP] {hit.passage.text}") for hit in hits] for query, hits in asked]
+
+    # 1. Speed: every system does every question, in turn.
+    systems: dict[str, Callable[[int], object]] = {_PEER: lambda number: peer.predict(pairs[number])}
+    for name, stage in stages.items():
+        systems[name] = lambda number, stage=stage: stage.rerank([asked[number][0]], [asked[number][1]])  # type: ignore[misc]
     seconds = _interleaved(systems, len(asked), repeats)
-    tokens = [len(row["input_ids"]) for q, hits in asked for row in _rows(stage["odqa"], q, hits)]
-    theirs = [sum(each) for each in seconds["sentence-transformers"]]
-    results = []
+    lengths = [_lengths(stages["odqa"], query, hits) for query, hits in asked]
+    tokens = [length for each in lengths for length in each]
+    speeds = []
     for name, rounds in seconds.items():
-        totals = [sum(each) for each in rounds]
-        ratios = [them / us for them, us in zip(theirs, totals, strict=True)]
-        results.append(
-            {
-                "system": name,
-                "dtype": str(peer.dtype if name not in stage else stage[name].model.dtype).removeprefix("torch."),
-                "pairs_per_second": round(len(tokens) / statistics.median(totals), 1),
-                "tokens_per_second": round(sum(tokens) / statistics.median(totals)),
-                "milliseconds_a_question": round(
-                    1000 * statistics.median(second for each in rounds for second in each)
-                ),
-                "speed_ratio": {
-                    "median": round(statistics.median(ratios), 2),
-                    "min": round(min(ratios), 2),
-                    "max": round(max(ratios), 2),
-                },
-            }
-        )
-        typer.echo(json.dumps(results[-1]))
-    peer_scores = peer.predict(pairs[0], activation_fn=torch.nn.Identity()).tolist()
-    exact = _same_rows_scores(stage["odqa, same folder, float32"], *asked[0])
-    comparisons = [_compare_formats(each, str(artifact), stage["odqa"]) for each in sets]
-    for comparison in comparisons:
-        typer.echo(json.dumps(comparison))
+        dtype = stages[name].model.dtype if name in stages else peer.dtype
+        speeds.append({"system": name, "dtype": _name(dtype), **_speed(rounds, seconds[_PEER], tokens)})
+        typer.echo(json.dumps(speeds[-1]))
+
+    # 2. The peer computes the same scores: in float32, before its activation.
+    theirs = peer.predict(pairs[0], activation_fn=torch.nn.Identity()).tolist()
+    ours = {hit.passage.id: hit.score for hit in stages["odqa, folder of the peer, float32"].rerank(*_one(asked[0]))[0]}
+    difference = max(abs(ours[hit.passage.id] - score) for hit, score in zip(asked[0][1], theirs, strict=True))
+
+    # 3. The fast number format ranks as float32 does.
+    exact = CrossEncoderReranker(str(artifact), device="cpu", dtype="float32")
+    agreements = [_agreement(each, exact, stages["odqa"]) for each in sets]
+    for agreement in agreements:
+        typer.echo(json.dumps(agreement))
+
     save_result(
         out,
         {
-            "what": "re-ranking of hybrid candidates, wall seconds, one question after the other, systems in turn",
+            "what": "re-ranking the hybrid top 100, wall seconds, one question after the other, systems in turn",
             "reranker": {"name": reranker, "method_sha256": _sha256(artifact / "method.safetensors")},
-            "sentence_transformers": version("sentence-transformers"),
-            "torch": version("torch"),
+            "versions": {name: version(name) for name in ("sentence-transformers", "transformers", "torch")},
             "threads": torch.get_num_threads(),
-            "flags": sorted(
-                processor_flags() & {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"}
-            ),
-            "timed": {"questions": len(asked), "pairs": len(tokens), "mean_tokens": round(statistics.mean(tokens), 1)},
+            "flags": sorted(processor_flags() & _FLAGS),
+            "timed": {
+                "questions": len(asked),
+                "pairs": len(tokens),
+                "tokens_a_pair": round(statistics.mean(tokens), 1),
+            },
             "repeats": repeats,
-            "systems": results,
-            "largest_difference_to_the_peer_in_float32": max(
-                abs(one - other) for one, other in zip(peer_scores, exact, strict=True)
-            ),
-            "fast_format_against_float32": comparisons,
+            "systems": speeds,
+            "largest_difference_to_the_peer": difference,
+            "fast_format_against_float32": agreements,
         },
     )
 
@@ -284,25 +276,42 @@ def _candidates(path: Path, index: Path, limit: int) -> Candidates:
     return Candidates(path.stem, queries, answers, HybridRetriever(load_index(index)).retrieve(queries, 100))
 
 
-def _second_text(hit: "Hit") -> str:
-    """What the peer reads as the second text, so that its row is the one of training."""
-    return f"{hit.passage.title} [SEP] {hit.passage.text}"
-
-
 def _same_rows(folder: str, dtype: str) -> "CrossEncoderReranker":
+    """The stage on the folder that the peer reads, with the peer's rows."""
     from odqa.rerank.cross import CrossEncoderReranker
 
     return CrossEncoderReranker(folder, title_separator=" [SEP] ", device="cpu", dtype=dtype)
 
 
-def _same_rows_scores(reranker: "CrossEncoderReranker", query: "Query", hits: "list[Hit]") -> list[float]:
-    """Scores in the order of the hits."""
-    score_of = {hit.passage.id: hit.score for hit in reranker.rerank([query], [hits])[0]}
-    return [score_of[hit.passage.id] for hit in hits]
+def _one(asked: "tuple[Query, list[Hit]]") -> "tuple[list[Query], list[list[Hit]]]":
+    """One question as a batch."""
+    return [asked[0]], [asked[1]]
 
 
-def _rows(reranker: "CrossEncoderReranker", query: "Query", hits: "list[Hit]") -> "list[Row]":
-    return reranker.model.encode([(query, hit.passage) for hit in hits])[0]
+def _lengths(stage: "CrossEncoderReranker", query: "Query", hits: "list[Hit]") -> list[int]:
+    """Tokens of each pair."""
+    rows, _ = stage.model.encode([(query, hit.passage) for hit in hits])
+    return [len(row["input_ids"]) for row in rows]
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _speed(rounds: list[list[float]], of_peer: list[list[float]], tokens: list[int]) -> dict[str, object]:
+    """Rates and the ratio to the peer, from wall seconds by round and question; the ratio is taken round by round."""
+    totals = [sum(each) for each in rounds]
+    ratios = [sum(theirs) / ours for theirs, ours in zip(of_peer, totals, strict=True)]
+    return {
+        "pairs_per_second": round(len(tokens) / statistics.median(totals), 1),
+        "tokens_per_second": round(sum(tokens) / statistics.median(totals)),
+        "milliseconds_a_question": round(1000 * statistics.median([second for each in rounds for second in each])),
+        "speed_ratio": {
+            "median": round(statistics.median(ratios), 2),
+            "min": round(min(ratios), 2),
+            "max": round(max(ratios), 2),
+        },
+    }
 
 
 def _interleaved(
@@ -323,39 +332,34 @@ def _interleaved(
     return seconds
 
 
-def _compare_formats(candidates: Candidates, artifact: str, fast: "CrossEncoderReranker") -> dict[str, object]:
-    """Overlap of the top 20 with that of float32, and recall (0 to 100) with both."""
-    from odqa.rerank.cross import CrossEncoderReranker
-    from odqa.text import has_answer
-
-    exact = CrossEncoderReranker(artifact, device="cpu", dtype="float32")
+def _agreement(
+    candidates: Candidates, exact: "CrossEncoderReranker", fast: "CrossEncoderReranker"
+) -> dict[str, object]:
+    """Mean overlap of the top 20 of two number formats, and recall (0 to 100) with each."""
     rankings = {
-        "float32": exact.rerank(candidates.queries, candidates.hits),
-        "fast": fast.rerank(candidates.queries, candidates.hits),
+        name: stage.rerank(candidates.queries, candidates.hits) for name, stage in (("float32", exact), ("fast", fast))
     }
-    tops = {name: [{hit.passage.id for hit in hits[:20]} for hits in found] for name, found in rankings.items()}
-    overlaps = [len(one & other) / 20 for one, other in zip(tops["float32"], tops["fast"], strict=True)]
-    recall = {
-        name: {
-            f"recall@{k}": round(
-                100
-                * statistics.mean(
-                    any(has_answer(hit.passage.text, answers) for hit in hits[:k])
-                    for hits, answers in zip(found, candidates.answers, strict=True)
-                ),
-                2,
-            )
-            for k in (1, 3, 10)
-        }
-        for name, found in rankings.items()
-    }
+    tops = [[{hit.passage.id for hit in hits[:20]} for hits in found] for found in rankings.values()]
+    overlaps = [len(one & other) / len(one) for one, other in zip(*tops, strict=True)]
     return {
         "questions": candidates.name,
         "n": len(candidates.queries),
-        "fast_dtype": str(fast.model.dtype).removeprefix("torch."),
+        "dtype": _name(fast.model.dtype),
         "top_20_overlap": round(statistics.mean(overlaps), 4),
-        **recall,
+        **{name: _recall(found, candidates.answers) for name, found in rankings.items()},
     }
+
+
+def _recall(rankings: "list[list[Hit]]", answers: list[tuple[str, ...]]) -> dict[str, float]:
+    """Share (0 to 100) of questions with an answer in the first k passages."""
+    from odqa.text import has_answer
+
+    found = {1: 0, 3: 0, 10: 0}
+    for hits, right in zip(rankings, answers, strict=True):
+        holds = [has_answer(hit.passage.text, right) for hit in hits[:10]]
+        for k in found:
+            found[k] += any(holds[:k])
+    return {f"recall@{k}": round(100 * count / len(rankings), 2) for k, count in found.items()}
 
 
 def _wall(command: list[str], repeats: int) -> dict[str, float]:

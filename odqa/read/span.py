@@ -5,7 +5,6 @@ made of separately tokenised pieces, so that prices add up exactly and what was 
 Distribution and loss: `odqa.frozen.spans`. How likely an answer is right: `odqa.read.calibration`.
 """
 
-import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from odqa.frozen.method import TENSORS, Method, load_method, load_tensors
 from odqa.frozen.rows import Rows
 from odqa.frozen.spans import SpanBatch, SpanHead, span_scores
 from odqa.read.calibration import CALIBRATION, Calibration, load_calibration
-from odqa.runtime import run_batches
+from odqa.runtime import Recent, run_batches
 from odqa.text import normalize_answer
 from odqa.types import Answer, Candidate, Hit, PackedContext, Query, TokenCosts
 
@@ -102,10 +101,11 @@ class SpanReader:
 
     Confidence needs a calibrated reader; without one it is None, and an `abstain_below` above 0 is a RecipeError.
     `candidates` spans are kept a question; equal texts (after SQuAD normalisation) are one candidate, with their
-    probabilities added if `combine` is "sum". `rank_prior` w multiplies the probability of every span of the passage of
-    rank r by r ** -w before normalising (our choice; 0: passages count alike). `batch_tokens` bounds rows x width of a
-    forward pass (None: what is fast on the device). Passages are read apart, so a row that is met again says the same:
-    the last `remember` rows are kept (0: none), which an evaluation of many packings uses.
+    probabilities added if `combine` is "sum". Before normalising, `rank_prior` w multiplies the probability of every
+    span of the passage of rank r by r ** -w, `score_prior` v by exp(v (s - s_best)) with the scores s that hits come
+    with (our choices; 0: passages count alike). `batch_tokens` bounds rows x width of a forward pass (None: what is
+    fast on the device). Passages are read apart, so a row that is met again says the same: one that is in `memory` is
+    not read again, which an evaluation of many packings uses.
     """
 
     def __init__(
@@ -115,9 +115,10 @@ class SpanReader:
         candidates: int = 5,
         combine: str = "sum",
         rank_prior: float = 0.0,
+        score_prior: float = 0.0,
         abstain_below: float = 0.0,
         batch_tokens: int | None = None,
-        remember: int = 0,
+        memory: "Recent[tuple[str, str, str], _RowReading] | None" = None,
     ) -> None:
         if abstain_below > 0 and model.calibration is None:
             raise RecipeError(
@@ -126,9 +127,8 @@ class SpanReader:
             )
         self.model = model
         self.candidates, self.combine = candidates, combine
-        self.rank_prior, self.abstain_below = rank_prior, abstain_below
-        self.batch_tokens, self.remember = batch_tokens, remember
-        self._memory: dict[tuple[str, str, str], _RowReading] = {}
+        self.rank_prior, self.score_prior, self.abstain_below = rank_prior, score_prior, abstain_below
+        self.batch_tokens, self.memory = batch_tokens, memory
 
     @property
     def backbone(self) -> Backbone:
@@ -162,14 +162,13 @@ class SpanReader:
 
     def _read_rows(self, pairs: Sequence[tuple[str, str, str]]) -> list["_RowReading"]:
         """What each row (question, title, text) says by itself; rows that are remembered are not read again."""
-        found = [self._memory.get(pair) for pair in pairs]
-        asked = list(dict.fromkeys(pair for pair, row in zip(pairs, found, strict=True) if row is None))
-        new = dict(zip(asked, self._forward(asked), strict=True))
-        if self.remember:
-            self._memory |= new
-            for pair in list(itertools.islice(self._memory, max(0, len(self._memory) - self.remember))):
-                del self._memory[pair]  # the oldest
-        return [new[pair] if row is None else row for pair, row in zip(pairs, found, strict=True)]
+        memory = {} if self.memory is None else self.memory
+        known = {pair: memory[pair] for pair in pairs if pair in memory}
+        new = list(dict.fromkeys(pair for pair in pairs if pair not in known))
+        known |= zip(new, self._forward(new), strict=True)
+        if self.memory is not None:
+            self.memory.store(known)
+        return [known[pair] for pair in pairs]
 
     def _forward(self, pairs: Sequence[tuple[str, str, str]]) -> list["_RowReading"]:
         """The forward passes: rows of similar length together, `batch_tokens` at a time."""
@@ -236,7 +235,12 @@ class SpanReader:
     def _priors(self, context: PackedContext) -> list[float]:
         """What each passage's spans are given beforehand, in nats: less for a passage that was ranked lower."""
         ranks = context.ranks or range(1, len(context.hits) + 1)
-        return [-self.rank_prior * math.log(rank) for rank in ranks]
+        priors = [-self.rank_prior * math.log(rank) for rank in ranks]
+        # Scores of two stages do not compare: of hits behind a re-ranker's depth only their rank counts.
+        if self.score_prior and len({hit.source for hit in context.hits}) == 1:
+            best = max(hit.score for hit in context.hits)
+            priors = [p + self.score_prior * (hit.score - best) for p, hit in zip(priors, context.hits, strict=True)]
+        return priors
 
     def _answer(self, query_id: str, spans: list[Candidate], log_none: float) -> Answer:
         """Join equal texts, and put "no answer" among the candidates; the best text comes first if there is one."""

@@ -7,7 +7,6 @@ Source: Nogueira & Cho 2019 (arXiv 1901.04085), the model; scores equal those of
 before its activation. The invariant: the passages that come in are the passages that go out.
 """
 
-import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 from odqa.errors import DataError, RecipeError
 from odqa.rerank.models import ROUND_TO, load_pair_model
-from odqa.runtime import progress, run_batches
+from odqa.runtime import Recent, progress, run_batches
 from odqa.types import Hit, Passage, Query
 
 _PAIRS_AT_ONCE = 8192  # our choice: pairs tokenised and sorted together; bounds memory, loses little of the sorting
@@ -43,8 +42,8 @@ class CrossEncoderReranker:
 
     Batches hold pairs of similar length of all queries, at most `batch_tokens` tokens with padding (None: what is fast
     on the device). `dtype` "auto" is bfloat16 where that is fast; the last layer stays in float32, so that close
-    passages do not tie. The scores of the last `remember` pairs are kept (0: none), for an evaluation whose systems
-    re-rank many of the same passages.
+    passages do not tie. Pairs whose score is in `memory` are not computed again: for an evaluation whose systems
+    re-rank many of the same passages with one model.
 
     Raises DataError for a model that does not load or has no trained classification head, RecipeError for one with
     another number of labels, ArtifactMismatch for an artifact of another kind or another backbone.
@@ -60,7 +59,7 @@ class CrossEncoderReranker:
         max_tokens: int | None = None,
         positive_label: int = 1,
         batch_tokens: int | None = None,
-        remember: int = 0,
+        memory: Recent[tuple[str, Passage], float] | None = None,
         device: str = "auto",
         dtype: str = "auto",
         **load_options: Any,
@@ -70,8 +69,7 @@ class CrossEncoderReranker:
         if not 0 <= retriever_weight < math.inf:
             raise RecipeError(f"reranker cross: retriever_weight is {retriever_weight}; it must be 0 or more.")
         self.depth, self.retriever_weight, self.batch_tokens = depth, retriever_weight, batch_tokens
-        self.remember = remember
-        self._memory: dict[tuple[str, Passage], float] = {}
+        self.memory = memory
         self.model = load_pair_model(
             model,
             title_separator=title_separator,
@@ -115,12 +113,13 @@ class CrossEncoderReranker:
 
     def _known_or_scored(self, pairs: Sequence["_Pair"]) -> list[float]:
         """The model's score of each pair, in their order; those that are remembered are not computed again."""
-        if not self.remember:
+        if self.memory is None:
             return self._score(pairs)
         keys = [(pair.query.text, pair.hit.passage) for pair in pairs]
-        new = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._memory}
-        known = self._memory | dict(zip(new, self._score(list(new.values())), strict=True))
-        self._memory = dict(itertools.islice(known.items(), max(0, len(known) - self.remember), None))  # the newest
+        new = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self.memory}
+        known = {key: self.memory[key] for key in keys if key not in new}
+        known |= zip(new, self._score(list(new.values())), strict=True)
+        self.memory.store(known)
         return [known[key] for key in keys]
 
     def _score(self, pairs: Sequence["_Pair"]) -> list[float]:

@@ -19,9 +19,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from odqa.artifacts import MANIFEST, load_artifact
 from odqa.errors import DataError, RecipeError
 from odqa.frozen.backbone import Backbone, load_backbone
-from odqa.frozen.first_token import keep_first_token
+from odqa.frozen.fast_bert import speed_up
+from odqa.frozen.finetuning import FineTuning
 from odqa.frozen.lora import Lora
-from odqa.frozen.method import load_method, load_tensors
+from odqa.frozen.method import Method, load_method, load_tensors
 from odqa.frozen.pairs import PairHead
 from odqa.frozen.rows import Rows
 from odqa.models import quiet_loading
@@ -45,12 +46,10 @@ class PairModel(Protocol):
 
     name: str
     max_tokens: int
+    dtype: torch.dtype
 
     @property
     def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
 
     def encode(self, pairs: Sequence[Pair]) -> tuple[list[Row], int]:
         """A row for each pair, not padded, and how many of them had to be cut.
@@ -81,7 +80,9 @@ def load_pair_model(
     """
     folder = Path(name)
     if (folder / DESCRIPTION).is_file() or (folder / MANIFEST).is_file():
-        return TrainedModel(folder, max_tokens=max_tokens, device=device, dtype=dtype, **load_options)
+        if load_options:
+            raise RecipeError(f"reranker cross: {name} is a trained re-ranker; it takes no {', '.join(load_options)}.")
+        return TrainedModel(folder, max_tokens=max_tokens, device=device, dtype=dtype)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise DataError(
             f"re-ranker {name}: this folder holds neither a model for transformers (config.json) nor a trained "
@@ -101,9 +102,11 @@ def load_pair_model(
 class HubModel:
     """A sequence-classification model; score: the logit of one label, or of two the log-odds of the positive one.
 
-    `title_separator` stands between title and text; None leaves titles out. In a type smaller than float32 the last
-    linear layer still computes in float32. Raises DataError for a model that does not load or whose head was never
-    trained, RecipeError for another number of labels.
+    `title_separator` stands between title and text; None leaves titles out. In a `dtype` smaller than float32 the last
+    linear layer still computes in float32, of a BERT all but the linear maps of its layers.
+
+    Raises DataError for a model that does not load or whose head was never trained, RecipeError for another number of
+    labels.
     """
 
     def __init__(
@@ -127,20 +130,19 @@ class HubModel:
                 f"reranker cross: {name} has {self.labels} labels; a re-ranker has 1 (a score) or 2 (no, yes)."
             )
         self.max_tokens = _choose_max_tokens(name, _window(self.tokenizer, self.model.config), max_tokens)
+        self.dtype = cast(torch.dtype, self.model.dtype)
         if not _PLACED & load_options.keys():
             where = choose_device(device)
-            self.model.to(device=where, dtype=choose_dtype(dtype, where))
-        keep_first_token(self.model)
+            self.dtype = choose_dtype(dtype, where)
+            self.model.to(where)
+            if not speed_up(self.model.float(), self.dtype):
+                self.model.to(self.dtype)
         if self.model.dtype != torch.float32:
             _keep_last_layer_precise(self.model, self.labels)
 
     @property
     def device(self) -> torch.device:
         return torch.device(self.model.device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return cast(torch.dtype, self.model.dtype)
 
     def encode(self, pairs: Sequence[Pair]) -> tuple[list[Row], int]:
         """See `PairModel.encode`; rows are as the model's own tokenizer makes them."""
@@ -190,8 +192,8 @@ class HubModel:
 class TrainedModel:
     """A re-ranker that `odqa train` made: the frozen encoder with the method in its weights, and the relevance head.
 
-    LoRA is merged into a copy of the weights that is this model's own; other methods are attached. Merging happens in
-    float32, before the cast to the compute type; the head computes in float32 always.
+    LoRA is merged into a copy of the weights that is this model's own, in float32 and before any cast to `dtype`; other
+    methods are attached. The head computes in float32 always.
 
     Raises ArtifactMismatch for another kind of artifact or another backbone than it was trained on, ArtifactError for a
     damaged one.
@@ -204,15 +206,15 @@ class TrainedModel:
         max_tokens: int | None = None,
         device: str = "auto",
         dtype: str = "auto",
-        **load_options: Any,
     ) -> None:
         load_artifact(folder, KIND)
         self.name = str(folder)
         settings = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        self.backbone = _specialised(folder, settings["backbone"], load_options)
-        if not _PLACED & load_options.keys():
-            where = choose_device(device)
-            self.backbone.model.to(device=where, dtype=choose_dtype(dtype, where))
+        where = choose_device(device)
+        self.dtype = choose_dtype(dtype, where)
+        self.backbone = load_backbone(settings["backbone"], "encoder", device="cpu", dtype="float32")
+        _specialise(self.backbone, load_method(folder, self.backbone), self.dtype)
+        self.backbone.model.to(where)
         self.head = PairHead(self.backbone.width)
         load_tensors(self.head, load_file(folder / HEAD), str(folder / HEAD))
         self.head.requires_grad_(False).to(self.device)
@@ -222,10 +224,6 @@ class TrainedModel:
     @property
     def device(self) -> torch.device:
         return self.backbone.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return cast(torch.dtype, self.backbone.model.dtype)
 
     def encode(self, pairs: Sequence[Pair]) -> tuple[list[Row], int]:
         """See `PairModel.encode`; rows are those of training: [CLS] question [SEP] title [SEP] text [SEP]."""
@@ -288,22 +286,23 @@ def export_classifier(artifact: Path, folder: Path) -> None:
     tokenizer.backend_tokenizer.no_truncation()  # MiniLM's tokenizer.json pads and cuts at 128
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # else it is not saved
     with quiet_loading():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-def _specialised(folder: Path, name: str, load_options: Mapping[str, Any]) -> Backbone:
-    """The frozen model that the artifact in `folder` names, in float32 on the processor, with the method in it."""
-    where = {} if _PLACED & load_options.keys() else {"device": "cpu", "dtype": "float32"}
-    backbone = load_backbone(name, "encoder", **where, **load_options)
-    method = load_method(folder, backbone).requires_grad_(False)
+def _specialise(backbone: Backbone, method: Method, dtype: torch.dtype) -> None:
+    """Put the method into a backbone in float32 that is nobody else's, and let it compute in `dtype`."""
+    method.requires_grad_(False)
     if isinstance(method, Lora):
         method.merge(backbone)
-        keep_first_token(backbone.model)
     else:
         method.attach(backbone)
-    return backbone
+    is_plain = isinstance(method, Lora | FineTuning)  # other weights, and nothing else
+    if not (is_plain and speed_up(backbone.model, dtype)):
+        backbone.model.to(dtype)
 
 
 def _by_row(encoded: Mapping[str, list[list[int]]]) -> list[Row]:

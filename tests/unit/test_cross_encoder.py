@@ -193,6 +193,7 @@ def test_bfloat16_keeps_the_last_layer_in_float32(one_label: str) -> None:
     assert isinstance(reranker.model, HubModel)
     assert reranker.model.dtype == torch.bfloat16
     assert reranker.model.model.classifier.weight.dtype == torch.float32
+    assert reranker.model.model.bert.encoder.layer[0].output.dense.weight.dtype == torch.bfloat16
     exact = {hit.passage.id: hit.score for hit in load(one_label).rerank(QUERIES[:1], HITS[:1])[0]}
     for hit in reranker.rerank(QUERIES[:1], HITS[:1])[0]:
         # Activations of 8 significant bits through two layers: within a few percent of the scores' range (about 4).
@@ -372,3 +373,8 @@ def test_only_lora_on_a_bert_is_exported(bert: str, tmp_path: Path) -> None:
     artifact = save_artifact(tmp_path / "artifact", pair_model(bert, "deep-prompt"))
     with pytest.raises(DataError, match=r"deep-prompt on .* cannot be exported"):
         export_classifier(Path(artifact), tmp_path / "exported")
+
+
+def test_an_artifact_takes_no_options_of_another_loader(artifact: str) -> None:
+    with pytest.raises(RecipeError, match="is a trained re-ranker; it takes no device_map"):
+        load(artifact, device_map="auto")
