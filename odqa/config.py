@@ -632,11 +632,11 @@ class ReaderAverage(Settings):
 
 
 RECIPES: dict[str, type[Settings]] = {
-    "mine": Mining,
     "index": IndexRecipe,
     "pipeline": PipelineRecipe,
     "eval": EvalRecipe,
     "train-span-reader": ReaderTraining,
     "train-reranker": RerankerTraining,
     "train-average": ReaderAverage,
+    "mine": Mining,
 }

@@ -77,7 +77,7 @@ def mine(
                 name = f"part-{number:05}.jsonl"
                 if not draft.has(name):
                     rankings = _rank(block, finders, settings)
-                    draft.part(name, lambda path, rankings=rankings: write_rankings(path, rankings))
+                    draft.part(name, lambda path, rankings=rankings: write_rankings(path, rankings))  # type: ignore[misc]
                 bar.advance(len(block))
         draft.counts |= {"questions": len(examples)}
     return load_artifact(folder, RANKINGS)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from odqa.errors import DataError, RecipeError
-from odqa.rerank.models import ROUND_TO, load_pair_model
+from odqa.rerank.models import ROUND_TO, load_pair_scorer
 from odqa.runtime import Recent, progress, run_batches
 from odqa.types import Hit, Passage, Query
 
@@ -70,7 +70,7 @@ class CrossEncoderReranker:
             raise RecipeError(f"reranker cross: retriever_weight is {retriever_weight}; it must be 0 or more.")
         self.depth, self.retriever_weight, self.batch_tokens = depth, retriever_weight, batch_tokens
         self.memory = memory
-        self.model = load_pair_model(
+        self.model = load_pair_scorer(
             model,
             title_separator=title_separator,
             max_tokens=max_tokens,

@@ -41,7 +41,7 @@ Row = Mapping[str, list[int]]
 """A pair as the model takes it: `input_ids`, `attention_mask`, perhaps `token_type_ids`, of equal length."""
 
 
-class PairModel(Protocol):
+class PairScorer(Protocol):
     """Rows for pairs, and scores for rows of at most `max_tokens`: of a longer one the passage loses its end."""
 
     name: str
@@ -63,7 +63,7 @@ class PairModel(Protocol):
         ...
 
 
-def load_pair_model(
+def load_pair_scorer(
     name: str,
     *,
     title_separator: str | None = " ",
@@ -72,7 +72,7 @@ def load_pair_model(
     device: str = "auto",
     dtype: str = "auto",
     **load_options: Any,
-) -> PairModel:
+) -> PairScorer:
     """The model in a folder, an artifact of ours or one for transformers, or else of that name on the hub.
 
     `title_separator` and `positive_label` are for models of the hub; an artifact says how it reads a passage. Raises
@@ -145,7 +145,7 @@ class HubModel:
         return torch.device(self.model.device)
 
     def encode(self, pairs: Sequence[Pair]) -> tuple[list[Row], int]:
-        """See `PairModel.encode`; rows are as the model's own tokenizer makes them."""
+        """See `PairScorer.encode`; rows are as the model's own tokenizer makes them."""
         if not pairs:
             return [], 0
         questions = [query.text for query, _ in pairs]
@@ -170,7 +170,7 @@ class HubModel:
 
     @torch.inference_mode()
     def scores(self, rows: Sequence[Row]) -> list[float]:
-        """See `PairModel.scores`."""
+        """See `PairScorer.scores`."""
         batch = self.tokenizer.pad(list(rows), padding="longest", pad_to_multiple_of=ROUND_TO, return_tensors="pt")
         width = int(batch["input_ids"].shape[1])
         if width > self.max_tokens:  # rounded up past the window: the columns too many hold padding only
@@ -226,7 +226,7 @@ class TrainedModel:
         return self.backbone.device
 
     def encode(self, pairs: Sequence[Pair]) -> tuple[list[Row], int]:
-        """See `PairModel.encode`; rows are those of training: [CLS] question [SEP] title [SEP] text [SEP]."""
+        """See `PairScorer.encode`; rows are those of training: [CLS] question [SEP] title [SEP] text [SEP]."""
         rows: list[Row] = []
         cut = 0
         for query, passage in pairs:
@@ -244,7 +244,7 @@ class TrainedModel:
 
     @torch.inference_mode()
     def scores(self, rows: Sequence[Row]) -> list[float]:
-        """See `PairModel.scores`."""
+        """See `PairScorer.scores`."""
         longest = max(len(row["input_ids"]) for row in rows)
         width = min(-(-longest // ROUND_TO) * ROUND_TO, self.rows.window)
         padding = {"input_ids": self.rows.pad, "attention_mask": 0, "token_type_ids": 0}
