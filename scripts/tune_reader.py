@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 from odqa import jobs
 from odqa.corpus.io import read_gold, read_questions
@@ -43,7 +44,7 @@ def main() -> None:
         model = load_span_reader(Path(folder))
         packer = GreedyPacker(SpanReader(model), arguments.budget)
         contexts = {name: packer.pack(queries, hits) for name, (queries, hits, _) in sets.items()}
-        memory = Recent(1_000_000)
+        memory: Recent[Any, Any] = Recent(1_000_000)
         priors = [(p, 0.0) for p in RANK_PRIORS] + [(0.0, p) for p in SCORE_PRIORS[1:]] + [(0.5, 0.2), (0.5, 0.35)]
         for combine, (rank_prior, score_prior) in itertools.product(("sum", "max"), priors):
             reader = SpanReader(model, combine=combine, rank_prior=rank_prior, score_prior=score_prior, memory=memory)

@@ -133,7 +133,10 @@ k: many
         ("retriever.kind=bm52", "retriever.kind is 'bm52'; expected one of bm25, dense, hybrid. Did you mean bm25?"),
         ("retriever={depth: 5}", "retriever.kind is missing (bm25, dense, hybrid)."),
         ("retriver=null", "retriver is not a setting of pipeline"),
-        ("packer.bugdet=5", "packer.bugdet is not a setting of packer (budget, max_passages, order, duplicates, resemblance, trim)."),
+        (
+            "packer.bugdet=5",
+            "packer.bugdet is not a setting of packer (budget, max_passages, order, duplicates, resemblance, trim).",
+        ),
         ("reader.kind=lm", None),  # a model is all that it needs
         ("index=null", "a hybrid retriever needs an index. Name one under index."),
         ("retriever.weights=[1]", "retriever.weights.1 is missing."),
@@ -261,7 +264,10 @@ def test_two_question_sets_of_one_name_are_refused(write: Write) -> None:
         ("kind: [unclosed", "not YAML: "),
         ("- kind: pipeline\n", "a recipe is a mapping with a kind; found list."),
         ("", "a recipe is a mapping with a kind; found NoneType."),
-        ("index: x\n", "kind is None; expected one of index, pipeline, eval, train-span-reader, train-reranker, train-average, mine."),
+        (
+            "index: x\n",
+            "kind is None; expected one of index, pipeline, eval, train-span-reader, train-reranker, train-average, ",
+        ),
         ("kind: [pipeline]\n", "kind is ['pipeline']; expected one of index,"),
         ("kind: !!python/object/apply:os.system [ls]\n", "not YAML: could not determine a constructor"),
     ],
