@@ -19,6 +19,7 @@ from odqa.recipes import build_reranker
 from odqa.rerank.cross import CrossEncoderReranker
 from odqa.rerank.models import HubModel, TrainedModel, export_classifier
 from odqa.rerank.train import PairModel, rank_candidates, save_reranker
+from odqa.runtime import Recent
 from odqa.types import Hit, Passage, Query
 from tests.tiny_models import tiny_bert, tiny_cross_encoder
 from tests.unit.conformance_read import HITS, QUERIES, RerankerConformance, ranked
@@ -378,3 +379,14 @@ def test_only_lora_on_a_bert_is_exported(bert: str, tmp_path: Path) -> None:
 def test_an_artifact_takes_no_options_of_another_loader(artifact: str) -> None:
     with pytest.raises(RecipeError, match="is a trained re-ranker; it takes no device_map"):
         load(artifact, device_map="auto")
+
+
+def test_a_remembered_pair_is_not_scored_again(one_label: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory: Recent[tuple[str, Passage], float] = Recent(100)
+    first = load(one_label, memory=memory).rerank(QUERIES, HITS)
+    assert first == load(one_label).rerank(QUERIES, HITS) and memory
+    second = load(one_label, memory=memory, depth=1)
+    monkeypatch.setattr(type(second.model), "scores", lambda *_: pytest.fail("a pair was scored again"))
+    scores = {(query.id, hit.passage.id): hit.score for query, hits in zip(QUERIES, first, strict=True) for hit in hits}
+    for query, hits in zip(QUERIES, second.rerank(QUERIES, HITS), strict=True):
+        assert [scores[query.id, hit.passage.id] for hit in hits[:1]] == [hit.score for hit in hits[:1]]

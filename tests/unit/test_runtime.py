@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from odqa.runtime import batches_by_length, run_batches
+from odqa.runtime import Recent, batches_by_length, run_batches
 
 CPU = torch.device("cpu")
 
@@ -61,3 +61,10 @@ def test_an_error_in_a_batch_reaches_the_caller() -> None:
 
 def test_no_rows_are_no_work() -> None:
     run_batches(lambda batch: pytest.fail(str(batch)), [], device=CPU)
+
+
+def test_a_memory_keeps_what_was_stored_last() -> None:
+    memory: Recent[str, int] = Recent(3)
+    memory.store({"a": 1, "b": 2})
+    memory.store({"c": 3, "d": 4})
+    assert memory == {"b": 2, "c": 3, "d": 4}

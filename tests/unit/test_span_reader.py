@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from odqa.frozen.spans import SpanHead
 from odqa.pack import GreedyPacker
 from odqa.read.calibration import Calibration
 from odqa.read.span import FEATURES, SpanModel, SpanReader, load_span_reader, save_span_reader, trained_part
-from odqa.types import Answer, Candidate, PackedContext, Query
+from odqa.runtime import Recent
+from odqa.types import Answer, Candidate, Hit, PackedContext, Query
 from tests.tiny_models import tiny_bert
 from tests.unit.conformance_read import HITS, QUERIES, ReaderConformance
 
@@ -222,3 +224,24 @@ def test_another_backbone_is_refused(model: SpanModel, tmp_path: Path) -> None:
 def test_a_folder_without_a_reader_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"not a span reader \(reader.json is missing\)"):
         load_span_reader(tmp_path)
+
+
+def test_a_remembered_row_is_not_read_again_and_says_the_same(
+    model: SpanModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory: Recent[tuple[str, str, str], Any] = Recent(100)
+    first = SpanReader(model, memory=memory)
+    plain = SpanReader(model).read(contexts(first))
+    assert first.read(contexts(first)) == plain and memory
+    monkeypatch.setattr(SpanModel, "spans", lambda *_: pytest.fail("a row was read again"))
+    second = SpanReader(model, memory=memory)
+    assert second.read(contexts(second)) == plain
+
+
+def test_a_score_prior_prefers_the_passage_with_the_higher_score(model: SpanModel) -> None:
+    hits = tuple(Hit(hit.passage, score, "cross") for hit, score in zip(HITS[0][:2], (0.0, 1000.0), strict=True))
+    context = PackedContext(QUERIES[0], "", hits, 0, 0)
+    (answer,) = SpanReader(model, score_prior=1.0).read([context])
+    assert answer.candidates[0].passage_id == hits[1].passage.id
+    other = PackedContext(QUERIES[0], "", (replace(hits[0], source="bm25"), hits[1]), 0, 0)  # scores do not compare
+    assert SpanReader(model, score_prior=1.0).read([other]) == SpanReader(model).read([other])
