@@ -57,10 +57,13 @@ def clean(wikitext: str, *, namespaces: Namespaces = ENGLISH, keep_headings: boo
     text = _drop_tags(text)
     # 6. Lines: section titles, list bullets, quote marks, table debris.
     text = "\n".join(_clean_lines(text, keep_headings=keep_headings))
-    # 7. The holes that steps 1 to 5 left: "(; born 1950)", "( )", " ,", double blanks.
-    text = _mend(text)
+    # 7. Brackets that opened or closed nothing, and the holes that steps 1 to 5 left: "(; born 1950)", " ,".
+    text = _mend(_STRAY.sub("", text))
     # 8. Give nowiki text its characters back.
     return text.translate(_REVEALED) if "nowiki" in wikitext else text
+
+
+_STRAY = re.compile(r"\{\{+|\}\}+|\[\[+|\]\]+")
 
 
 # ---------------------------------------------------------------- 1. elements

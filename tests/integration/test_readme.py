@@ -30,7 +30,7 @@ ASSETS = ROOT / "odqa" / "assets"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 QUESTIONS = 6  # a set; enough to go through every stage
-TOO_LONG = ("odqa train", "nq-open.yaml")
+TOO_LONG = ("odqa train", "odqa mine", "nq-open.yaml")
 
 
 class Shell:
@@ -63,6 +63,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
     folder = tmp_path_factory.mktemp("readme")
     shutil.copy(ASSETS / "collection.xml.bz2", folder / "FILE.xml.bz2")
     shutil.copytree(ASSETS / "span-reader-1", folder / "my-reader")
+    shutil.copytree(ASSETS / "reranker-1", folder / "my-reranker")
     data = folder / "data" / "nq-mini"
     data.mkdir(parents=True)
     articles = read_articles(folder / "FILE.xml.bz2")
