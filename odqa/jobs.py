@@ -294,7 +294,8 @@ def load_ranker(
     if retriever is None or index is None:
         raise RecipeError(f"{recipe.path}: a pipeline without a retriever ranks nothing. Name another one.")
     first = {key: recipe.resolved[key] for key in ("retriever", "k", "reranker")}
-    identity = sha256_json([index.artifact.hash, first])
+    weights = [] if settings.reranker is None else [_reranker_identity(settings.reranker, places)]
+    identity = sha256_json([index.artifact.hash, first, *weights])
     return Ranker(retriever, build_reranker(settings.reranker, places), settings.k, identity)
 
 

@@ -6,9 +6,10 @@ negative_ids, source. Mined rankings (`odqa mine`) come beside it: what a pipeli
 
 import gzip
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from odqa.errors import DataError
 from odqa.types import Passage
@@ -54,19 +55,13 @@ def read_examples(
     of negative_ids. A mined passage that has an answer but is not known to be right is neither positive nor negative.
     Raises DataError with file and line for a row that lacks a field or names a passage that `passages` does not have.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                if mined is None or str(row["id"]) in mined:
-                    yield _example(row, passages, None if mined is None else mined[str(row["id"])])
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
-            except KeyError as error:
-                raise DataError(
-                    f"{path}, line {number}: {error} is neither a field of the row nor a known passage."
-                ) from error
+
+    def example(row: Mapping[str, Any]) -> Example | None:
+        if mined is not None and str(row["id"]) not in mined:
+            return None
+        return _example(row, passages, None if mined is None else mined[str(row["id"])])
+
+    yield from _read_rows(path, example)
 
 
 def read_unanswerable(
@@ -78,25 +73,33 @@ def read_unanswerable(
     about a passage in `avoid` are left out. Raises DataError with file and line for a row that lacks a field or names
     an unknown passage.
     """
+
+    def example(row: Mapping[str, Any]) -> Example | None:
+        ids = [str(pid) for pid in row["passage_ids"]]
+        if row["squad_split"] != split or not ids or any(pid in avoid for pid in ids):
+            return None
+        own = tuple(passages[pid] for pid in ids)
+        zeros, nothing = (0.0,) * len(own), (False,) * len(own)
+        return Example(str(row["id"]), row["question"], (), own[0], (), own, UNANSWERABLE, own, zeros, nothing)
+
+    yield from _read_rows(path, example)
+
+
+def _read_rows(path: Path, example: Callable[[Mapping[str, Any]], Example | None]) -> Iterator[Example]:
+    """What `example` makes of the rows of a jsonl file, None left out; a KeyError becomes a DataError with the line."""
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
-                ids = [str(pid) for pid in row["passage_ids"]]
-                if row["squad_split"] != split or not ids or any(pid in avoid for pid in ids):
-                    continue
-                own = tuple(passages[pid] for pid in ids)
-                nothing = tuple(False for _ in own)
-                yield Example(
-                    str(row["id"]), row["question"], (), own[0], (), own, UNANSWERABLE, own, (0.0,) * len(own), nothing
-                )
+                found = example(json.loads(line))
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
             except KeyError as error:
                 raise DataError(
                     f"{path}, line {number}: {error} is neither a field of the row nor a known passage."
                 ) from error
+            if found is not None:
+                yield found
 
 
 def _example(row: Mapping[str, object], passages: Mapping[str, Passage], found: Ranking | None) -> Example:
