@@ -47,19 +47,25 @@ class Example:
 
 
 def read_examples(
-    path: Path, passages: Mapping[str, Passage], mined: Mapping[str, Ranking] | None = None
+    path: Path,
+    passages: Mapping[str, Passage],
+    mined: Mapping[str, Ranking] | None = None,
+    *,
+    unranked: bool = False,
 ) -> Iterator[Example]:
     """The rows of a training file.
 
-    With `mined` only questions that have a ranking are given, and its passages without an answer stand before those
-    of negative_ids. A mined passage that has an answer but is not known to be right is neither positive nor negative.
+    With `mined` only questions that have a ranking are given (with `unranked` the others too), and its passages without
+    an answer stand before those of negative_ids. A mined passage that has an answer but is not known to be right is
+    neither positive nor negative.
     Raises DataError with file and line for a row that lacks a field or names a passage that `passages` does not have.
     """
 
     def example(row: Mapping[str, Any]) -> Example | None:
-        if mined is not None and str(row["id"]) not in mined:
+        ranking = mined.get(str(row["id"])) if mined is not None else None
+        if mined is not None and ranking is None and not unranked:
             return None
-        return _example(row, passages, None if mined is None else mined[str(row["id"])])
+        return _example(row, passages, ranking)
 
     yield from _read_rows(path, example)
 

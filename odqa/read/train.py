@@ -6,12 +6,13 @@ order of batches, depend on seed and epoch alone. The loop is `odqa.frozen.fit`;
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from odqa.artifacts import Draft
+from odqa.corpus.corrupt import corrupt
 from odqa.corpus.examples import Example
 from odqa.errors import DataError
 from odqa.frozen.fit import FitSettings, fit
@@ -34,9 +35,11 @@ class GroupSettings:
     epoch (1 if not named).
 
     With `packed` a group is a context as a pipeline packs it: the first 1 to `packed` passages of the question's mined
-    ranking (`odqa mine`). If none of them holds the answer, the right passage takes the last place with probability
-    `restore_share`. With probability `unanswerable_share` all that hold it are taken away. `parts`: a batch is
-    computed in parts of similar length, to save padding. Values are our choice.
+    ranking (`odqa mine`; without one, of its own passage and negatives). If none of them holds the answer, the right
+    passage takes the last place with probability `restore_share`. With probability `unanswerable_share` all that hold
+    it are taken away; with probability `corrupted_share` the question is asked of its own passage, but changed so that
+    the passage does not answer it (`odqa.corpus.corrupt`). `parts`: a batch is computed in parts of similar length, to
+    save padding. Values are our choice.
     """
 
     groups: int = 16
@@ -44,6 +47,7 @@ class GroupSettings:
     unanswerable_share: float = 0.08
     packed: int | None = None
     restore_share: float = 0.7
+    corrupted_share: float = 0.0
     parts: int = 1
     source_weights: Mapping[str, int] | None = None
     seed: int = 0
@@ -141,7 +145,7 @@ class PackedBatches(SpanBatches):
         owner: list[int] = []
         right: list[list[tuple[int, int]]] = []
         for group, chosen in enumerate(self.plan(index)):
-            example = self.examples[chosen]
+            example = self._corrupted(self.examples[chosen], chances)
             for passage in self._context(example, chances):
                 pairs.append((example.question, passage.title, passage.text))
                 owner.append(group)
@@ -154,6 +158,17 @@ class PackedBatches(SpanBatches):
             parts.append(self.rows.batch([pairs[row] for row in part], [owner[row] for row in part], gold))
         return PackedBatch(parts, torch.tensor([owner[row] for part in order for row in part]))
 
+    def _corrupted(self, example: Example, chances: np.random.Generator) -> Example:
+        """The example as it is or, for a share, with a question that its passage does not answer."""
+        share = self.settings.corrupted_share
+        if not share or not example.answers or chances.random() >= share:
+            return example
+        own = example.passage
+        question = corrupt(example.question, own.text, example.answers, chances)
+        if question is None or self.rows.length(question, own.title, own.text) > self.rows.window:
+            return example
+        return replace(example, question=question, answers=(), ranking=(own,), scores=(), holds=(False,))
+
     def _context(self, example: Example, chances: np.random.Generator) -> list[Passage]:
         """The passages of one training context, best ranked first; of a question without answers its own."""
         assert self.settings.packed is not None
@@ -161,12 +176,14 @@ class PackedBatches(SpanBatches):
         if not example.answers:
             return list(example.ranking[: self.settings.packed])
         kind, restored = chances.random(), chances.random() < self.settings.restore_share
-        held = dict(zip((p.id for p in example.ranking), example.holds, strict=True))
+        ranking = example.ranking or (example.passage, *example.negatives)
+        holds = example.holds or (True, *(False for _ in example.negatives))
+        held = dict(zip((p.id for p in ranking), holds, strict=True))
         held[example.passage.id] = True
         # A passage that holds the answer in too many tokens to be a span teaches nothing; nor does one over the window.
         readable = [
             p
-            for p in example.ranking
+            for p in ranking
             if self.rows.length(example.question, p.title, p.text) <= self.rows.window
             and (not held[p.id] or token_spans(self.rows, p, example.answers, self.longest))
         ]

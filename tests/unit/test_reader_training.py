@@ -1,7 +1,9 @@
 """Training groups of the span reader: pairs, and contexts as a pipeline packs them."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,6 +109,24 @@ def test_a_missing_right_passage_is_put_back(model: SpanModel) -> None:
 def test_passages_with_the_answer_are_taken_away_for_a_share(model: SpanModel) -> None:
     batches = packed(model, unanswerable_share=1.0, restore_share=1.0)
     assert all(len(part.gold) == 0 for index in range(3) for part in batches.group(index).parts)
+
+
+def test_a_share_of_questions_is_changed_so_that_their_passage_answers_none(model: SpanModel) -> None:
+    own = Passage("p", "The Tiber is 406 km long and the Arno is 241 km long.", "Rivers")
+    asked = Example("e", "How long is the Tiber?", ("406 km",), own, (own,), (METALS,), "a", (own,), (1.0,), (True,))
+    settings = GroupSettings(groups=2, packed=2, corrupted_share=1.0)
+    batch = PackedBatches([asked] * 4, model.rows, model.longest, settings).group(0)
+    assert [len(part.gold) for part in batch.parts] == [0]
+    words = model.backbone.tokenizer.convert_ids_to_tokens(batch.parts[0].input_ids[0])
+    assert batch.parts[0].input_ids.shape[0] == 2, words  # its own passage and no other
+
+
+def test_without_a_ranking_a_context_is_passage_and_negatives(model: SpanModel) -> None:
+    ranked, plain = example(0), replace(example(1), ranking=(), scores=(), holds=())
+    settings = GroupSettings(groups=1, packed=3, unanswerable_share=0.0)
+    batches = PackedBatches([ranked, plain], model.rows, model.longest, settings)
+    contexts = [batches._context(plain, np.random.default_rng(seed)) for seed in range(20)]
+    assert {tuple(p.id for p in context) for context in contexts} == {("p1",), ("p1", "n"), ("p1", "n", "m")}
 
 
 def test_parts_save_padding_and_change_nothing_else(model: SpanModel) -> None:
