@@ -1,4 +1,4 @@
-"""Figures of an evaluation: metrics against a setting, and risk against coverage, as SVG or PNG.
+"""Figures: metrics against a setting, risk against coverage, and curves of a training, as SVG or PNG.
 
 It draws what it is given and measures nothing. matplotlib (the extra `plots`) is loaded when a figure is drawn. Colours
 are those of Okabe & Ito (2008), which colour-blind readers can tell apart; lines also differ in their marks and dashes,
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from odqa.errors import MissingExtra
+from odqa.errors import DataError, MissingExtra
 from odqa.evaluate import Evaluation, Score
 
 if TYPE_CHECKING:
@@ -114,6 +114,36 @@ def risk_coverage(
         _legend(figure, axes)
 
     _save(path, (_PANEL[0], _PANEL[1] + 0.5), draw)
+
+
+def training_curve(
+    path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]], *, scores: Sequence[str] = ()
+) -> None:
+    """Draw trainings by label: loss against steps, and below it a panel for each of `scores` (tune EM, ...).
+
+    A curve is what `odqa.frozen.fit` gives and `curve.json` holds: entries with "step", "loss" in nats, and scores
+    where there was an evaluation. Raises DataError for a score that no entry has, MissingExtra without matplotlib.
+    """
+    for name in scores:
+        if not any(name in entry for curve in curves.values() for entry in curve):
+            raise DataError(f"a training curve cannot show {name}: it was not evaluated.")
+
+    def draw(figure: "Figure") -> None:
+        panels = figure.subplots(1 + len(scores), 1, squeeze=False, sharex=True)[:, 0]
+        for number, (label, curve) in enumerate(curves.items()):
+            for axes, name in zip(panels, ("loss", *scores), strict=True):
+                known = [(entry["step"], entry[name]) for entry in curve if name in entry]
+                style = _style(number) | ({"marker": ""} if name == "loss" else {})
+                axes.plot(
+                    [step for step, _ in known], [value for _, value in known], label=label, markersize=4, **style
+                )
+        panels[0].set_ylabel("loss, nats")
+        for axes, name in zip(panels[1:], scores, strict=True):
+            axes.set_ylabel(name.replace("_", " "))
+        panels[-1].set_xlabel("steps")
+        _legend(figure, panels[0])
+
+    _save(path, (_PANEL[0], _PANEL[1] * (1 + len(scores)) + 0.5), draw)
 
 
 def _draw_metric(axes: "Axes", group: Sequence[Measured], metric: str, styles: Mapping[str, int]) -> None:

@@ -76,10 +76,11 @@ def tiny_llama(path: Path, *, window: int = 256, chat: bool = False, seed: int =
     return _save(path, seed, LlamaForCausalLM, config, tokenizer, **names)
 
 
-def tiny_t5(path: Path, *, window: int = 256, seed: int = 0) -> Path:
+def tiny_t5(path: Path, *, window: int = 256, factor: float = 4.0, seed: int = 0) -> Path:
     """An encoder-decoder LM with relative positions; unigram pieces with `</s>` after every text.
 
-    Its configuration says nothing about a window, the tokenizer's `model_max_length` does.
+    Its configuration says nothing about a window, the tokenizer's `model_max_length` does. `factor` is how wide weights
+    are drawn; with 4.0 attention is so sharp that most of it is exactly zero, gradients too.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
@@ -104,7 +105,7 @@ def tiny_t5(path: Path, *, window: int = 256, seed: int = 0) -> Path:
         decoder_start_token_id=0,
         pad_token_id=0,
         eos_token_id=1,
-        initializer_factor=4.0,
+        initializer_factor=factor,
     )
     names: dict[str, Any] = {
         "pad_token": "<pad>",
@@ -123,6 +124,56 @@ def tiny_bert(path: Path, *, window: int = 128, seed: int = 0) -> Path:
     return _save(
         path, seed, BertModel, _bert_config(tokenizer, window), tokenizer, **_BERT_NAMES, model_max_length=window
     )
+
+
+def tiny_bert2bert(path: Path, *, window: int = 128, seed: int = 0) -> Path:
+    """An encoder-decoder of two BERTs, with learned absolute positions on both sides; texts end with `[SEP]`."""
+    from transformers import EncoderDecoderConfig, EncoderDecoderModel
+
+    tokenizer = _word_pieces()
+    ids = {name: tokenizer.token_to_id(token) for name, token in _BERT_NAMES.items()}
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(
+        _bert_config(tokenizer, window),
+        _bert_config(tokenizer, window, is_decoder=True, add_cross_attention=True),
+        decoder_start_token_id=ids["cls_token"],
+        bos_token_id=ids["cls_token"],
+        eos_token_id=ids["sep_token"],
+        pad_token_id=ids["pad_token"],
+    )
+    return _save(path, seed, EncoderDecoderModel, config, tokenizer, **_BERT_NAMES, model_max_length=window)
+
+
+def tiny_odqa_mini(path: Path, *, window: int = 128, seed: int = 0) -> Path:
+    """odqa-mini's architecture, saved whole; its encoder gives states and word vectors side by side."""
+    import torch
+
+    from odqa.lm.configuration import OdqaMiniConfig
+    from odqa.lm.mini import OdqaMiniForConditionalGeneration
+
+    def wide(config: Any) -> Any:
+        model = OdqaMiniForConditionalGeneration(config)
+        with torch.no_grad():
+            for tensor in model.parameters():
+                if tensor.ndim == 2:
+                    tensor.mul_(_DEVIATION / tensor.std())
+        return model
+
+    tokenizer = _word_pieces()
+    ids = {name: tokenizer.token_to_id(token) for name, token in _BERT_NAMES.items()}
+    config = OdqaMiniConfig(
+        decoder_layers=_LAYERS,
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=_WIDTH,
+        num_hidden_layers=_LAYERS,
+        num_attention_heads=_HEADS,
+        intermediate_size=2 * _WIDTH,
+        max_position_embeddings=window,
+        pad_token_id=ids["pad_token"],
+        bos_token_id=ids["cls_token"],
+        decoder_start_token_id=ids["cls_token"],
+        eos_token_id=ids["sep_token"],
+    )
+    return _save(path, seed, wide, config, tokenizer, **_BERT_NAMES, model_max_length=window)
 
 
 def tiny_cross_encoder(path: Path, labels: int = 1, *, window: int = 128, seed: int = 0) -> Path:

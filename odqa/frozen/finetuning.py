@@ -13,7 +13,10 @@ from odqa.frozen.method import Method
 
 
 class FineTuning(Method):
-    """A trainable copy of all weights but those whose name starts with one of `skip` (a pooler that nothing reads)."""
+    """A trainable copy of all weights but those whose name starts with one of `skip` (a pooler that nothing reads).
+
+    Weights that the model uses in several places (tied word vectors) are one, and stay tied.
+    """
 
     kind: ClassVar[str] = "fine-tuning"
 
@@ -29,18 +32,27 @@ class FineTuning(Method):
         self._originals: dict[str, nn.Parameter] = {}
 
     def _install(self, backbone: Backbone) -> None:
+        names = _all_names(backbone.model)
         for key, weight in self.weights.items():
-            module, name = _owner(backbone.model, key)
-            self._originals[key] = getattr(module, name)
-            setattr(module, name, weight)
+            original = backbone.model.get_parameter(key.replace("/", "."))
+            for name in names[original]:
+                self._originals[name] = original
+                _place(backbone.model, name, weight)
 
     def _remove(self, backbone: Backbone) -> None:
-        for key, original in self._originals.items():
-            module, name = _owner(backbone.model, key)
-            setattr(module, name, original)
+        for name, original in self._originals.items():
+            _place(backbone.model, name, original)
         self._originals.clear()
 
 
-def _owner(model: nn.Module, key: str) -> tuple[nn.Module, str]:
-    path, _, name = key.rpartition("/")
-    return model.get_submodule(path.replace("/", ".")), name
+def _all_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every weight with all names that it has in the model."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(weight, []).append(name)
+    return names
+
+
+def _place(model: nn.Module, name: str, weight: nn.Parameter) -> None:
+    path, _, last = name.rpartition(".")
+    setattr(model.get_submodule(path), last, weight)

@@ -1,13 +1,14 @@
 """LoRA: low-rank updates beside frozen linear maps.
 
-    W x  ->  W x + (alpha / rank) B A x        A: (rank, d_in) Gaussian, B: (d_out, rank) zero at the start
+    W x  ->  W x + (alpha / rank) B A x        A: (rank, d_in) random, B: (d_out, rank) zero at the start
 
 Trains rank * (d_in + d_out) values a matrix. Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1. The update is
 added by forward hooks, so the frozen weight is never written to; parity with PEFT's LoRA is tested. Where speed counts
 and nothing else will use the model, `merge` writes it into a private copy.
 """
 
-from typing import ClassVar
+import re
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,10 +32,10 @@ class Lora(Method):
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         for name, linear in target_linears(backbone, targets).items():
             # Kaiming-uniform with a = sqrt(5), as the authors' code initialises A: uniform in +-1/sqrt(d_in).
-            bound = linear.in_features**-0.5
-            start = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
+            d_out, d_in = _shape(linear)
+            start = torch.empty(rank, d_in).uniform_(-(d_in**-0.5), d_in**-0.5, generator=generator)
             self.A[_key(name)] = nn.Parameter(start)
-            self.B[_key(name)] = nn.Parameter(torch.zeros(linear.out_features, rank))
+            self.B[_key(name)] = nn.Parameter(torch.zeros(d_out, rank))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def _install(self, backbone: Backbone) -> None:
@@ -70,19 +71,24 @@ class Lora(Method):
         self._check_backbone(backbone)
         for name, linear in target_linears(backbone, self.settings["targets"]).items():
             a, b = (tensor[_key(name)].to(linear.weight.device, torch.float32) for tensor in (self.A, self.B))
-            linear.weight.copy_(linear.weight.float() + self.scale * (b @ a))
+            update = self.scale * (b @ a)
+            linear.weight.copy_(linear.weight.float() + (update if isinstance(linear, nn.Linear) else update.T))
         backbone.fingerprint = fingerprint(backbone.model)
 
 
-def target_linears(backbone: Backbone, targets: list[str] | None) -> dict[str, nn.Linear]:
-    """The linear maps inside the backbone's stack of layers, by module name, in module order.
+def target_linears(backbone: Backbone, targets: list[str] | None) -> dict[str, Any]:
+    """The linear maps inside the backbone's stacks of layers, by module name, in module order.
 
-    Raises DataError if a target matches none of them.
+    `nn.Linear`, and the `Conv1D` of GPT-2, which is a linear map with a transposed weight. Raises DataError if a target
+    matches none of them.
     """
+    from transformers.pytorch_utils import Conv1D
+
     found = {
         name: module
         for name, module in backbone.model.named_modules()
-        if isinstance(module, nn.Linear) and ".layer" in name  # not the pooler, not an output head
+        # A layer is an item of a list, so it has a number: no pooler, no output head.
+        if isinstance(module, nn.Linear | Conv1D) and re.search(r"(^|\.)\d+\.", name)
     }
     for target in targets or []:
         if not any(name.endswith(target) for name in found):
@@ -92,6 +98,12 @@ def target_linears(backbone: Backbone, targets: list[str] | None) -> dict[str, n
     if targets is None:
         return found
     return {name: module for name, module in found.items() if name.endswith(tuple(targets))}
+
+
+def _shape(linear: Any) -> tuple[int, int]:
+    """d_out and d_in of a linear map."""
+    rows, columns = linear.weight.shape
+    return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
 
 
 def _key(name: str) -> str:

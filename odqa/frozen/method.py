@@ -31,7 +31,11 @@ class Count:
 
 
 class Method(nn.Module):
-    """A trainable module that specialises a frozen backbone. Its parameters are exactly what is trained and saved."""
+    """A trainable module that specialises a frozen backbone. Its parameters are exactly what is trained.
+
+    While it is attached, the backbone's model computes with it, whoever calls the model or its `generate`; whatever it
+    adds to the text inside, logits and states keep their shapes.
+    """
 
     kind: ClassVar[str]
 
@@ -48,6 +52,10 @@ class Method(nn.Module):
     @abstractmethod
     def _remove(self, backbone: Backbone) -> None:
         """Undo `_install` exactly."""
+
+    @property
+    def is_attached(self) -> bool:
+        return bool(self._backbone)
 
     def attach(self, backbone: Backbone) -> None:
         """Make the backbone compute with this method. Raises ArtifactMismatch for a backbone it was not made for."""
@@ -73,18 +81,31 @@ class Method(nn.Module):
         """Everything that is trained, by its saved name."""
         return dict(self.named_parameters())
 
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """What is saved, by name: the trained tensors, or what they were folded into."""
+        return dict(self.tensors())
+
+    def saved_settings(self) -> dict[str, Any]:
+        """The settings that make the method that `saved_tensors` belong to."""
+        return self.settings
+
+    def virtual_tokens(self, backbone: Backbone) -> int:
+        """Tokens of the backbone's window that the method takes from the text."""
+        return 0
+
     def count(self, backbone: Backbone) -> Count:
-        """How much is trained, how much is frozen."""
-        trained = list(self.parameters())
-        stored = sum(tensor.numel() * tensor.element_size() for tensor in trained)
-        return Count(sum(tensor.numel() for tensor in trained), backbone.count_parameters(), stored)
+        """How much is trained, how much is frozen, how much is stored in float32."""
+        trained = sum(tensor.numel() for tensor in self.parameters())
+        stored = sum(tensor.numel() * 4 for tensor in self.saved_tensors().values())
+        return Count(trained, backbone.count_parameters(), stored)
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write tensors and description into `folder`. `dtype` is the type on disk (float16 halves the size)."""
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.tensors().items()}
+        saved = self.saved_tensors().items()
+        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in saved}
         save_file(tensors, folder / TENSORS)
-        description = {"kind": self.kind, "settings": self.settings, "backbone": self.backbone_fingerprint}
+        description = {"kind": self.kind, "settings": self.saved_settings(), "backbone": self.backbone_fingerprint}
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -92,9 +113,12 @@ def create_method(kind: str, backbone: Backbone, **settings: Any) -> Method:
     """A fresh method of one of the known kinds. Raises ArtifactError naming the kinds for an unknown one."""
     from odqa.frozen.finetuning import FineTuning
     from odqa.frozen.lora import Lora
+    from odqa.frozen.prefix import PrefixTuning
     from odqa.frozen.prompt import DeepPrompt
+    from odqa.frozen.prompt_tuning import PromptTuning
 
-    kinds: dict[str, type[Method]] = {cls.kind: cls for cls in (DeepPrompt, Lora, FineTuning)}
+    known = (PromptTuning, DeepPrompt, PrefixTuning, Lora, FineTuning)
+    kinds: dict[str, type[Method]] = {cls.kind: cls for cls in known}
     if kind not in kinds:
         raise ArtifactError(f"method kind {kind!r} is not known; known are {', '.join(sorted(kinds))}.")
     return kinds[kind](backbone, **settings)

@@ -11,7 +11,7 @@ import pytest
 from odqa import config, jobs
 from odqa.errors import DataError, RecipeError
 from odqa.evaluate import Evaluation, QuestionResult, Score
-from odqa.figures import COLOURS, Measured, risk_coverage, save_figure
+from odqa.figures import COLOURS, Measured, risk_coverage, save_figure, training_curve
 from odqa.recipes import Recipe
 
 pytest.importorskip("matplotlib", reason="figures need the extra plots")
@@ -155,3 +155,12 @@ def test_what_stands_on_the_x_axis_must_be_a_number_of_the_recipe(path: str, fou
     assert jobs.number_at(recipe, "packer.budget") == 160
     with pytest.raises(RecipeError, match=f"figure.x: {path} of whole is {found}"):
         jobs.number_at(recipe, path)
+
+
+def test_draws_the_curve_of_a_training(tmp_path: Path) -> None:
+    curve: list[dict[str, float]] = [{"step": 20, "loss": 3.0}, {"step": 40, "loss": 2.0, "tune_em": 10.0}]
+    path = tmp_path / "curve.svg"
+    training_curve(path, {"prompt, rate 0.3": curve, "lora": curve[:1]}, scores=["tune_em"])
+    assert {"prompt, rate 0.3", "lora", "loss, nats", "steps", "tune em"} <= set(texts(path))
+    with pytest.raises(DataError, match="cannot show f1"):
+        training_curve(path, {"lora": curve}, scores=["f1"])

@@ -14,6 +14,8 @@ from tests.tiny_models import tiny_bert
 SETTINGS = {
     "lora": {"rank": 4, "alpha": 8.0},
     "deep-prompt": {"length": 5},
+    "prompt-tuning": {"length": 5},
+    "prefix-tuning": {"length": 5, "inner": None},
     "fine-tuning": {"skip": ["pooler"]},
 }
 
