@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import BertConfig
 
 
-class OdqaMiniConfig(PreTrainedConfig):
+class OdqaMiniConfig(PreTrainedConfig):  # type: ignore[misc]
     """`encoder_sha256` is that of MiniLM's weights, with which the decoder was trained; `rank` 0 is no update."""
 
     model_type = "odqa-mini"

@@ -34,8 +34,10 @@ from odqa.lm.configuration import OdqaMiniConfig
 from odqa.models import embedded_folder
 
 PARTS = "parts.safetensors"
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
-_SIZES += ("max_position_embeddings", "layer_norm_eps")
+_SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+    *("max_position_embeddings", "layer_norm_eps"),
+)
 _UPDATE = "update."  # names of the low-rank update in PARTS: update.A.<module>, update.B.<module>
 
 
@@ -103,7 +105,7 @@ class PointingOutput(nn.Module):
         return mixed.to(vocabulary.dtype) @ vocabulary.T + self.bias, pointed
 
 
-class OdqaMiniPreTrainedModel(PreTrainedModel):
+class OdqaMiniPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     """What `transformers` needs to know of the model."""
 
     config_class = OdqaMiniConfig
@@ -124,7 +126,7 @@ class OdqaMiniPreTrainedModel(PreTrainedModel):
             module.bias.zero_()
 
 
-class OdqaMiniForConditionalGeneration(OdqaMiniPreTrainedModel, GenerationMixin):
+class OdqaMiniForConditionalGeneration(OdqaMiniPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """The encoder-decoder; call and generate as any other of `transformers`. Texts end with [SEP]."""
 
     def __init__(self, config: OdqaMiniConfig) -> None:
@@ -140,7 +142,8 @@ class OdqaMiniForConditionalGeneration(OdqaMiniPreTrainedModel, GenerationMixin)
         return self.encoder
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.bert.embeddings.word_embeddings
+        words: nn.Module = self.encoder.bert.embeddings.word_embeddings
+        return words
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.encoder.bert.embeddings.word_embeddings = value
@@ -212,7 +215,7 @@ class OdqaMiniForConditionalGeneration(OdqaMiniPreTrainedModel, GenerationMixin)
             positions = torch.arange(seen, seen + vectors.shape[1], device=vectors.device)[None]
         else:
             positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -vectors.shape[1] :]
-        states = embeddings(inputs_embeds=vectors, position_ids=positions)
+        states: torch.Tensor = embeddings(inputs_embeds=vectors, position_ids=positions)
         self._decoding._attn_implementation = self.config._attn_implementation
         causal = create_causal_mask(self._decoding, states, mask, past_key_values=past)
         cross = source_mask

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from odqa.frozen.backbone import Backbone
 from odqa.frozen.fit import FitSettings, fit
 from odqa.frozen.lora import Lora
 from odqa.lm.mini import PARTS, OdqaMiniForConditionalGeneration, configure, start_from_encoder
-from odqa.lm.tasks import INSTRUCTIONS, Corpus, make, read_prompt
+from odqa.lm.tasks import Corpus, make, reading_parts
 from odqa.models import embedded_folder
 from odqa.text import as_written, exact_match
 
@@ -78,8 +78,12 @@ class Mix:
         chances = np.array([settings.shares[name] for name in names])
         count = settings.items * _BLOCK
         drawn = [make(names[k], self.corpus, rng) for k in rng.choice(len(names), count, p=chances / chances.sum())]
-        sources = self._ids([item.source for item in drawn])
-        targets = self._ids([item.target for item in drawn])
+        if self.decoder_only:
+            sources = self._ids(["".join(f"{part}\n" for part in item.parts) for item in drawn])
+            targets = self._ids([f" {item.target}" if item.parts else item.target for item in drawn])
+        else:
+            sources = self._ids([item.source for item in drawn])
+            targets = self._ids([item.target for item in drawn])
         pairs = [
             (
                 source[: settings.longest],
@@ -101,16 +105,15 @@ class Mix:
         return TokenBatch(sources, mask, labels)
 
     def _causal(self, pairs: Sequence[tuple[list[int], list[int]]]) -> TokenBatch:
-        """Source, separator, target and end in one row; of a source with a target only the target has a loss."""
-        first, middle, last = (self.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL[1:])
-        rows = [
-            [first, *source, middle, *target, last] if source else [first, *target, last] for source, target in pairs
-        ]
+        """Source, "Answer:", target and end in one row; of a source with a target only the target has a loss."""
+        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        (asked,) = self._ids(["Answer:"])
+        rows = [[first, *source, *(asked if source else []), *target, last] for source, target in pairs]
         ids, mask = pad(rows, self.tokenizer.pad_token_id)
         labels = ids.masked_fill(mask == 0, IGNORED)
         for number, (source, _) in enumerate(pairs):
             if source:
-                labels[number, : len(source) + 2] = IGNORED
+                labels[number, : 1 + len(source) + len(asked)] = IGNORED
         return TokenBatch(ids, mask, labels)
 
 
@@ -136,7 +139,8 @@ class Mini(nn.Module):
         self.decoder, self.output = model.decoder, model.output
 
 
-class EncoderDecoderSizes(Protocol):
+@dataclass(frozen=True, slots=True)
+class EncoderDecoderSizes:
     """The encoder's name, which of its layers the decoder starts from, and its low-rank update."""
 
     encoder: str
@@ -177,7 +181,9 @@ def pretrain_encoder_decoder(
     def loss(batch: TokenBatch) -> torch.Tensor:
         at = batch.to(device)
         out = model(input_ids=at.input_ids, attention_mask=at.attention_mask, labels=at.labels, output_attentions=True)
-        return out.loss + POINTING * pointing_loss(out.cross_attentions[0][:, 0], at.input_ids, at.labels)
+        pointed: torch.Tensor = out.cross_attentions[0][:, 0]
+        total: torch.Tensor = out.loss + POINTING * pointing_loss(pointed, at.input_ids, at.labels)
+        return total
 
     def evaluate() -> dict[str, float]:
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
@@ -231,7 +237,7 @@ def read_exactly(
     order = sorted(examples, key=lambda example: len(example.passage.text))
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
-        texts = [f"{INSTRUCTIONS['read']} {read_prompt(e.question, e.passage)}" for e in part]
+        texts = [" ".join(reading_parts(e.question, e.passage)) for e in part]
         ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
         rows, mask = pad([[first, *row[:510], last] for row in ids], tokenizer.pad_token_id)
@@ -248,12 +254,15 @@ def read_exactly(
 
 # --- the decoder ------------------------------------------------------------------------------------------------------
 
-SPECIAL = ("<pad>", "<s>", "<sep>", "</s>")  # padding, beginning, between source and target, end
+SPECIAL = ("<pad>", "<s>", "</s>")  # padding, beginning, end
 
 
 def train_tokenizer(texts: Sequence[str], size: int, folder: Path, window: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE vocabulary of `size` (Sennrich et al. 2016, arXiv 1508.07909; bytes as in GPT-2), saved."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """A byte-level BPE vocabulary of `size` (Sennrich et al. 2016, arXiv 1508.07909; bytes as in GPT-2), saved.
+
+    It puts the beginning before every text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -263,19 +272,21 @@ def train_tokenizer(texts: Sequence[str], size: int, folder: Path, window: int) 
         vocab_size=size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
+    begin = (SPECIAL[1], bpe.token_to_id(SPECIAL[1]))
+    bpe.post_processor = processors.TemplateProcessing(f"{SPECIAL[1]} $A", special_tokens=[begin])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=SPECIAL[0],
         bos_token=SPECIAL[1],
-        sep_token=SPECIAL[2],
-        eos_token=SPECIAL[3],
+        eos_token=SPECIAL[2],
         model_max_length=window,
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
-class DecoderSizes(Protocol):
+@dataclass(frozen=True, slots=True)
+class DecoderSizes:
     """Entries of the vocabulary, hidden width, layers, heads, inner width, longest text in tokens."""
 
     vocabulary: int
@@ -319,7 +330,8 @@ def pretrain_decoder(
 
     def loss(batch: TokenBatch) -> torch.Tensor:
         at = batch.to(device)
-        return model(input_ids=at.input_ids, attention_mask=at.attention_mask, labels=at.labels).loss
+        value: torch.Tensor = model(input_ids=at.input_ids, attention_mask=at.attention_mask, labels=at.labels).loss
+        return value
 
     batches = Mix(corpus, tokenizer, mix, decoder_only=True)
     result = fit({"model": model}, batches, loss, settings, checkpoint=checkpoint, log=log)

@@ -48,11 +48,16 @@ _PHRASE = re.compile(r"(?:\b[A-Z][\w-]+(?: (?:of |the |and )?[A-Z][\w-]+)*|\b\d[
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One training example of a task, as text."""
+    """One training example of a task: the parts of its source, instruction first, and its target, as text."""
 
     task: str
-    source: str
+    parts: tuple[str, ...]
     target: str
+
+    @property
+    def source(self) -> str:
+        """In one line."""
+        return " ".join(self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,27 +73,27 @@ def make(task: str, corpus: Corpus, rng: np.random.Generator) -> Item:
     while True:
         found = TASKS[task](corpus, rng)
         if found is not None:
-            source, target = found
-            return Item(task, f"{INSTRUCTIONS[task]} {source}".strip(), target)
+            parts, target = found
+            return Item(task, (INSTRUCTIONS[task], *parts) if parts else (), target)
 
 
-def read_prompt(question: str, passage: Passage) -> str:
-    """The source of the task `read`, without its instruction."""
-    return f"Question: {question} Passage: {passage.title}. {passage.text}"
+def reading_parts(question: str, passage: Passage) -> tuple[str, str, str]:
+    """The source of the task `read`."""
+    return INSTRUCTIONS["read"], f"Question: {question}", f"Passage: {passage.title}. {passage.text}"
 
 
-Made = tuple[str, str] | None
+Made = tuple[tuple[str, ...], str] | None
 
 
 def _read(corpus: Corpus, rng: np.random.Generator) -> Made:
     example = _draw(corpus.examples, rng)
     answer = next((a for a in example.answers if a.lower() in example.passage.text.lower()), None)
-    return None if answer is None else (read_prompt(example.question, example.passage), answer)
+    return None if answer is None else (reading_parts(example.question, example.passage)[1:], answer)
 
 
 def _recall(corpus: Corpus, rng: np.random.Generator) -> Made:
     example = _draw(corpus.examples, rng)
-    return f"Question: {example.question}", example.answers[0]
+    return (f"Question: {example.question}",), example.answers[0]
 
 
 def _cloze(corpus: Corpus, rng: np.random.Generator) -> Made:
@@ -99,7 +104,7 @@ def _cloze(corpus: Corpus, rng: np.random.Generator) -> Made:
         return None
     gap = phrases[rng.integers(len(phrases))]
     sentence = f"{passage.text[start : gap.start()]}{GAP}{passage.text[gap.end() : end]}"
-    return f"Sentence: {sentence} Passage: {passage.title}. {passage.text}", gap[0]
+    return (f"Sentence: {sentence}", f"Passage: {passage.title}. {passage.text}"), gap[0]
 
 
 def _denoise(corpus: Corpus, rng: np.random.Generator) -> Made:
@@ -115,7 +120,7 @@ def _denoise(corpus: Corpus, rng: np.random.Generator) -> Made:
         at = int(rng.integers(0, len(part) - length + 1))
         kept += [*part[:at], GAP, *part[at + length :]]
         missing.append(" ".join(part[at : at + length]))
-    return f"{passage.title}. {' '.join(kept)}", " | ".join(missing)
+    return (f"{passage.title}. {' '.join(kept)}",), " | ".join(missing)
 
 
 def _complete(corpus: Corpus, rng: np.random.Generator) -> Made:
@@ -125,17 +130,17 @@ def _complete(corpus: Corpus, rng: np.random.Generator) -> Made:
     if len(words) < 10:
         return None
     cut = int(rng.integers(len(words) // 3, len(words) - 3))
-    return f"{passage.title}: {' '.join(words[:cut])}", " ".join(words[cut : cut + 14])
+    return (f"{passage.title}: {' '.join(words[:cut])}",), " ".join(words[cut : cut + 14])
 
 
 def _title(corpus: Corpus, rng: np.random.Generator) -> Made:
     passage = _draw(corpus.passages, rng)
-    return (f"Passage: {passage.text}", passage.title) if passage.title else None
+    return ((f"Passage: {passage.text}",), passage.title) if passage.title else None
 
 
 def _plain(corpus: Corpus, rng: np.random.Generator) -> Made:
     passage = _draw(corpus.passages, rng)
-    return "", f"{passage.title}. {passage.text}"
+    return (), f"{passage.title}. {passage.text}"
 
 
 TASKS: Mapping[str, Callable[[Corpus, np.random.Generator], Made]] = {

@@ -83,7 +83,7 @@ def test_a_decoder_is_trained_on_targets_and_on_plain_texts(tmp_path: Path) -> N
         batch = Mix(CORPUS, tokenizer, MixSettings({task: 1.0}, items=2), decoder_only=True)(0)
         kept = [label for label in batch.labels[0].tolist() if label != IGNORED]
         text = tokenizer.decode(kept, skip_special_tokens=True)
-        assert text == ("the moon" if task == "recall" else f"Tiber. {TEXT}")
+        assert text == (" the moon" if task == "recall" else f"Tiber. {TEXT}")
         assert kept[-1] == tokenizer.eos_token_id
 
 
