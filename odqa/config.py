@@ -249,6 +249,7 @@ class LmReaderSettings(Settings):
 
     kind: Literal["lm"]
     model: str
+    method: str | None = Field(None, description="a method that was trained for this model; None: the model as it is")
     architecture: Literal["causal", "seq2seq"] | None = Field(None, description="None: what the model's config says")
     passages: Literal["together", "apart"] = Field(
         "together", description="apart: each encoded in a prompt of its own, one decoder reads all (FiD)"
@@ -507,6 +508,28 @@ class LoraSettings(Settings):
     seed: int = 0
 
 
+class PromptTuningSettings(Settings):
+    """Learned word vectors before the text (Lester et al. 2021, arXiv 2104.08691)."""
+
+    kind: Literal["prompt-tuning"]
+    length: int = Field(50, ge=1)
+    start: Literal["vocabulary", "text", "uniform"] = "vocabulary"
+    text: str | None = None
+    seed: int = 0
+
+
+class PrefixTuningSettings(Settings):
+    """Learned keys and values in every layer, made by a small network while training (arXiv 2101.00190)."""
+
+    kind: Literal["prefix-tuning"]
+    length: int = Field(50, ge=1)
+    inner: int | None = Field(512, ge=1, description="inner width of the network; None: the prefix itself is trained")
+    start: Literal["vocabulary", "text"] = "vocabulary"
+    text: str | None = None
+    cross: bool = Field(True, description="encoder-decoders: a prefix in the decoder's cross-attention too")
+    seed: int = 0
+
+
 class DeepPromptSettings(Settings):
     """Learned keys and values in every layer (P-tuning v2, arXiv 2110.07602)."""
 
@@ -534,6 +557,9 @@ class FitRecipe(Settings):
     accumulate: int = Field(1, ge=1)
     seed: int = 0
     evaluate_every: int = Field(0, ge=0)
+    keep_best: str | None = Field(None, description="a metric of the evaluations: the values that were best remain")
+    lower_is_better: bool = False
+    patience: int = Field(0, ge=0, description="evaluations without a better one after which the run ends; 0: never")
 
 
 class GroupRecipe(Settings):
@@ -653,12 +679,12 @@ class AveragedPart(Settings):
     head: float = Field(0.0, ge=0)
 
 
-class ReaderAverage(Settings):
-    """A span reader whose values are a weighted mean of trained ones, which went on from one another."""
+class ModelAverage(Settings):
+    """A span reader or re-ranker whose values are a weighted mean of trained ones, which went on from one another."""
 
     kind: Literal["train-average"]
     parts: tuple[AveragedPart, ...] = Field(min_length=2)
-    like: int = Field(0, ge=0, description="the part, from 0, whose settings the reader has: backbone, no_answer, ...")
+    like: int = Field(0, ge=0, description="the part, from 0, whose kind and settings the mean has: no_answer, ...")
     stored: Literal["float16", "float32"] = "float16"
 
     @model_validator(mode="after")
@@ -670,6 +696,39 @@ class ReaderAverage(Settings):
         if self.like >= len(self.parts):
             raise ValueError(f"like is {self.like}; parts are 0 to {len(self.parts) - 1}.")
         return self
+
+
+AnyMethod = PromptTuningSettings | DeepPromptSettings | PrefixTuningSettings | LoraSettings | FineTuningSettings
+
+
+class ContextRecipe(Settings):
+    """Training batches of a generative reader's method, see `odqa.read.adapt.ContextSettings`."""
+
+    questions: int = Field(16, ge=1)
+    examples: int | None = Field(None, ge=1)
+    source_weights: dict[str, float] = {}
+    seed: int = 0
+
+
+class LmReaderTraining(Settings):
+    """Trains a method on the frozen language model that a pipeline reads with, on contexts as that pipeline packs them.
+
+    `pipeline` says all of it: model, prompt, packing, and for the tune questions retrieval and re-ranking.
+    """
+
+    kind: Literal["train-lm-reader"]
+    pipeline: str
+    method: Annotated[AnyMethod, Field(discriminator="kind")]
+    train: str = Field(description="jsonl of training examples")
+    passages: tuple[str, ...] = Field((), description="files that hold the passages that examples and rankings name")
+    rankings: str | None = Field(None, description="a mining recipe or what it made; null: the file's negatives")
+    contexts: ContextRecipe = ContextRecipe()
+    fit: FitRecipe
+    tune: tuple[TuneSet, ...] = ()
+    start: str | None = Field(None, description="a trained method of the same kind to go on from")
+    autocast: bool | None = Field(None, description="forward pass in bfloat16; None: where that is fast")
+    stored: Literal["float16", "float32"] = "float32"
+    threads: int | None = Field(None, ge=1)
 
 
 class MixRecipe(Settings):
@@ -739,7 +798,8 @@ RECIPES: dict[str, type[Settings]] = {
     "eval": EvalRecipe,
     "train-span-reader": ReaderTraining,
     "train-reranker": RerankerTraining,
-    "train-average": ReaderAverage,
+    "train-average": ModelAverage,
     "train-lm": LmTraining,
+    "train-lm-reader": LmReaderTraining,
     "mine": Mining,
 }

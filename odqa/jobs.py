@@ -399,7 +399,7 @@ def _reranker_identity(settings: config.RerankerSettings | None, places: Places)
         case config.GivenScores():
             path = places.file(settings.run)
             return load_run(path).artifact.hash if path.is_dir() else sha256_file(path)
-        case config.CrossEncoder():
+        case config.CrossEncoder() | config.QuestionLikelihood():
             name = settings.model
             if name.startswith(("embedded:", "data:")):
                 return identify_model(name, places.file(name))
@@ -419,7 +419,11 @@ def _reader_identity(loaded: Loaded) -> str:
     from odqa.read.lm import LmReader
 
     assert isinstance(loaded.pipeline.reader, LmReader)
-    return loaded.pipeline.reader.backbone.fingerprint
+    model = loaded.pipeline.reader.backbone.fingerprint
+    if settings.reader.method is None:
+        return model
+    folder = Places().file(settings.reader.method)
+    return sha256_json([model, *(sha256_file(folder / name) for name in ("method.safetensors", "method.json"))])
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ class Pipeline:
                     tuple(hit.passage.id for hit in context.hits),
                     tuple(hit.score for hit in context.hits),
                     tuple(price or 0 for price in costs.passages),
-                    {"tokens": context.tokens, "budget": context.budget, "dropped": _dropped(context)},
+                    _notes(context),
                 )
             )
         self._read(records, contexts, pass_no)
@@ -128,9 +128,10 @@ def _note(records: list[_Record], stage: str, pass_no: int, clock: _Clock, hits:
         record.steps.append(Step(stage, pass_no, share, len(records), ids, scores, sources=sources))
 
 
-def _dropped(context: PackedContext) -> dict[str, list[str]]:
-    """Passage ids by the reason for which they were not packed."""
+def _notes(context: PackedContext) -> dict[str, object]:
+    """Tokens, budget, passage ids by the reason for which they were not packed, and the windows if there are any."""
     reasons: dict[str, list[str]] = {}
     for drop in context.dropped:
         reasons.setdefault(drop.reason, []).append(drop.passage_id)
-    return reasons
+    notes: dict[str, object] = {"tokens": context.tokens, "budget": context.budget, "dropped": reasons}
+    return notes | ({"windows": list(context.windows)} if context.windows else {})

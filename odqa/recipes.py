@@ -408,14 +408,22 @@ def build_reranker(
         return CascadeReranker([stage for one in settings.stages if (stage := build_reranker(one, places, kept=kept))])
     if isinstance(settings, config.GivenScores):
         return _build_score_reranker(settings, places or Places.from_environment())
-    from odqa.rerank.cross import CrossEncoderReranker
-
     model = settings.model
     if model.startswith(("embedded:", "data:")):  # anything else is a folder or a name on the hub
         model = str((places or Places.from_environment()).file(model))
-    of_model = (model, settings.max_tokens, settings.positive_label, settings.device, settings.dtype)
-    memory = None if kept is None else kept.memory("rerank", *of_model)
-    return CrossEncoderReranker(**settings.model_dump(exclude={"kind"}) | {"model": model, "memory": memory})
+    options = settings.model_dump(exclude={"kind", "load_options"}) | {"model": model}
+    if isinstance(settings, config.QuestionLikelihood):
+        from odqa.rerank.likelihood import QuestionLikelihoodReranker
+
+        options |= settings.load_options
+        of_model = (model, settings.architecture, settings.prompt, settings.max_tokens, settings.device, settings.dtype)
+        memory = None if kept is None else kept.memory("likelihood", *of_model, repr(settings.load_options))
+        return QuestionLikelihoodReranker(memory=memory, **options)
+    from odqa.rerank.cross import CrossEncoderReranker
+
+    of_cross = (model, settings.max_tokens, settings.positive_label, settings.device, settings.dtype)
+    memory = None if kept is None else kept.memory("rerank", *of_cross)
+    return CrossEncoderReranker(memory=memory, **options)
 
 
 def _build_score_reranker(settings: config.GivenScores, places: Places) -> "Reranker":
@@ -449,6 +457,7 @@ def build_reader(
         memory = None if kept is None else kept.memory("read", *of_model)
         return SpanReader(model, memory=memory, **settings.model_dump(exclude=loading))
     from odqa.frozen.backbone import load_backbone
+    from odqa.frozen.method import load_method
     from odqa.read.lm import LmReader, load_lm
     from odqa.read.prompts import Demonstration, find_template
     from odqa.types import Passage
@@ -460,9 +469,11 @@ def build_reader(
     load = {"device": settings.device, "dtype": settings.dtype, **settings.load_options}
     named = settings.architecture
     backbone = load_backbone(settings.model, named, **load) if named else load_lm(settings.model, **load)
-    own = {"kind", "model", "architecture", "prompt", "template", "demonstrations", "device", "dtype", "load_options"}
+    method = None if settings.method is None else load_method(Places().file(settings.method), backbone)
+    own = {"kind", "model", "method", "architecture", "prompt", "template", "demonstrations"}
+    own |= {"device", "dtype", "load_options"}
     template = find_template(settings.prompt, settings.template)
-    return LmReader(backbone, template, demonstrations=shown, **settings.model_dump(exclude=own))
+    return LmReader(backbone, template, demonstrations=shown, method=method, **settings.model_dump(exclude=own))
 
 
 def read_source(

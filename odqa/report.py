@@ -382,11 +382,14 @@ def _outcome(result: QuestionResult, *, is_complete: bool) -> str:
 
 def _context(trace: Trace, context: PackedContext, answer: Answer, *, terminal: bool) -> str:
     prices = _prices(trace, context)
-    blocks = [f"packed {len(context.hits)} passages, {context.tokens} of {context.budget} tokens"]
+    windows = len(context.by_window())
+    where = f" in {windows} windows" if windows > 1 else ""
+    blocks = [f"packed {len(context.hits)} passages{where}, {context.tokens} of {context.budget} tokens"]
     for rank, hit in enumerate(context.hits, start=1):
         price = f", {prices[hit.passage.id]} tokens" if hit.passage.id in prices else ""
         title = _clean(hit.passage.title) or "(no title)"
-        head = f"{rank}. {title}  [{hit.passage.id}, {hit.source} {hit.score:.4g}{price}]"
+        window = f", window {context.windows[rank - 1]}" if windows > 1 else ""
+        head = f"{rank}. {title}  [{hit.passage.id}, {hit.source} {hit.score:.4g}{price}{window}]"
         blocks.append(f"{head}\n{_passage_text(hit, answer, terminal=terminal)}")
     if context.dropped:
         reasons = ", ".join(f"{item.passage_id} ({item.reason}, {item.tokens} tokens)" for item in context.dropped[:5])

@@ -373,6 +373,7 @@ def trace_to_json(trace: Trace) -> Json:
                     for hit in context.hits
                 ],
                 "ranks": list(context.ranks),
+                **({"windows": list(context.windows)} if context.windows else {}),
                 "tokens": context.tokens,
                 "budget": context.budget,
                 "dropped": [
@@ -459,6 +460,7 @@ def _context_from_json(query: Query, record: Json, passages: Sequence[Passage]) 
         budget=record["budget"],
         dropped=tuple(Dropped(item["id"], item["reason"], item["tokens"]) for item in record["dropped"]),
         ranks=tuple(record.get("ranks", ())),
+        windows=tuple(record.get("windows", ())),
     )
 
 

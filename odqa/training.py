@@ -4,15 +4,18 @@ Files are read and models loaded here; batches, losses and scores are in `odqa.r
 gradient loop is `odqa.frozen.fit`.
 """
 
+import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from odqa import config
-from odqa.artifacts import MANIFEST, Artifact, building, load_artifact, sha256_file, sha256_json
-from odqa.errors import ArtifactError, ArtifactMismatch, DataError
+from odqa.artifacts import MANIFEST, Artifact, Draft, building, load_artifact, sha256_file, sha256_json
+from odqa.errors import ArtifactError, ArtifactMismatch, DataError, MissingExtra, RecipeError
 from odqa.jobs import finished_artifact, load_ranker
 from odqa.recipes import Places, Recipe, describe_file, load_recipe
 from odqa.runtime import progress
@@ -25,10 +28,13 @@ if TYPE_CHECKING:
 
     from odqa.corpus.examples import Example, Ranking
     from odqa.frozen.method import Method
+    from odqa.read.adapt import ContextBatches, TuneSet
     from odqa.types import Gold, Passage, Query
 
 Log = Callable[[str], None]
 RANKINGS = "rankings"  # the kind of what `mine` makes
+SWEEP = "sweep"  # ... of what `sweep` makes
+PICTURE = "curve.svg"  # beside a training's curve.json; not part of the artifact, for it needs matplotlib
 _PART = 1000  # our choice: questions a part of a mining; a killed one repeats at most this many
 
 
@@ -138,14 +144,81 @@ def train(
     places = places or Places.from_environment()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, "train", changes=changes)
     folder = out or places.artifacts / recipe.name
-    if isinstance(recipe.settings, config.ReaderAverage):
-        return _average_readers(recipe, recipe.settings, places, folder, log)
+    if isinstance(recipe.settings, config.ModelAverage):
+        return _average(recipe, recipe.settings, places, folder, log)
+    if isinstance(recipe.settings, config.LmReaderTraining):
+        return _train_lm_reader(recipe, recipe.settings, places, folder, log)
     if isinstance(recipe.settings, config.LmTraining):
         return _pretrain_lm(recipe, recipe.settings, places, folder, log)
     if isinstance(recipe.settings, config.ReaderTraining):
         return _train_reader(recipe, recipe.settings, places, folder, log)
     assert isinstance(recipe.settings, config.RerankerTraining)
     return _train_reranker(recipe, recipe.settings, places, folder, log)
+
+
+def sweep(
+    recipe: str | Path | Recipe,
+    rates: Sequence[float] = (),
+    *,
+    steps: int | None = None,
+    places: Places | None = None,
+    out: Path | None = None,
+    changes: Sequence[str] = (),
+    log: Log = _silent,
+) -> Artifact:
+    """Compare learning rates for a generative reader's method by short trainings; sweep.json has their tune scores.
+
+    Without `rates` five around the recipe's own. Each training has `steps` (a quarter of the recipe's), with schedule
+    and warm-up over these, and is scored at its end by the metric of `keep_best`, or else by tune.em. The artifact
+    (RECIPE-sweep) keeps curves and scores, no trained values; that of the recipe itself is not touched. Resumes at the
+    rate, and inside of it at the checkpoint.
+    """
+    from odqa.frozen.fit import rates_around, sweep_rates
+    from odqa.read import adapt
+
+    places = places or Places.from_environment()
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, "train-lm-reader", changes=changes)
+    settings = recipe.settings
+    if not isinstance(settings, config.LmReaderTraining):
+        raise RecipeError(f"{recipe.path}: learning rates are compared for recipes of kind train-lm-reader only.")
+    if not settings.tune:
+        raise RecipeError(f"{recipe.path}: learning rates are compared on tune questions. Name some under tune.")
+    folder = out or places.artifacts / f"{recipe.name}-sweep"
+    rates = sorted(set(rates or rates_around(settings.fit.learning_rates["method"])))
+    steps = steps or max(1, settings.fit.steps // 4)
+    metric = settings.fit.keep_best or "tune.em"
+    setup = _LmSetup(settings, places)
+    inputs = setup.inputs() | {"rates": list(rates), "steps": steps}
+    found = finished_artifact(folder, SWEEP, recipe, log)
+    if found is not None and found.manifest["inputs"] == inputs:
+        log(f"{folder}: swept already")
+        return found
+    tune, batches = setup.tune(log), setup.batches()
+    short = replace(setup.fit, steps=steps, evaluate_every=0, keep_best=None, patience=0)
+    curves: dict[str, Any] = {}
+    with building(
+        folder, SWEEP, recipe=recipe.resolved, inputs=inputs, scratch=("trials",), unlisted=(PICTURE,)
+    ) as draft:
+
+        def score_at(rate: float) -> float:
+            name, trial = f"curve-{rate:g}.json", draft.path / "trials" / f"{rate:g}"
+            if not draft.has(name):
+                trial.mkdir(parents=True, exist_ok=True)
+                fit = replace(short, learning_rates={"method": rate})
+                adapt.train_method(setup.reader, setup.method(), batches, tune, Draft(trial), fit, log=log)
+                draft.write_json(name, _curve(trial))
+                shutil.rmtree(trial)
+            curve = json.loads((draft.path / name).read_text(encoding="utf-8"))
+            if metric not in curve[-1]:
+                raise RecipeError(f"{recipe.path}: fit.keep_best is {metric}; found are {', '.join(curve[-1])}.")
+            curves[f"{rate:g}"] = curve
+            return float(curve[-1][metric])
+
+        result = sweep_rates(score_at, rates, lower_is_better=settings.fit.lower_is_better, log=log)
+        scores = {f"{rate:g}": score for rate, score in result.scores.items()}
+        draft.write_json("sweep.json", {"metric": metric, "steps": steps, "scores": scores, "best": result.best})
+        _draw_curves(draft.path, curves, log)
+    return load_artifact(folder, SWEEP)
 
 
 def _train_reader(recipe: Recipe, settings: config.ReaderTraining, places: Places, folder: Path, log: Log) -> Artifact:
@@ -172,7 +245,8 @@ def _train_reader(recipe: Recipe, settings: config.ReaderTraining, places: Place
     head = SpanHead(setup.backbone.width)
     method = setup.method(head)
     model = span.SpanModel(setup.backbone, method, head, settings.longest, settings.no_answer)
-    with building(folder, span.KIND, recipe=recipe.resolved, inputs=inputs, scratch=(reading.CHECKPOINT,)) as draft:
+    kind, scratch = span.KIND, (reading.CHECKPOINT,)
+    with building(folder, kind, recipe=recipe.resolved, inputs=inputs, scratch=scratch, unlisted=(PICTURE,)) as draft:
         reading.train_span_reader(
             model,
             setup.examples(passages) + setup.unanswerable(passages),
@@ -184,7 +258,8 @@ def _train_reader(recipe: Recipe, settings: config.ReaderTraining, places: Place
             stored=setup.stored,
             log=log,
         )
-    return load_artifact(folder, span.KIND)
+        _draw_curves(draft.path, {recipe.name: _curve(draft.path)}, log)
+    return load_artifact(folder, kind)
 
 
 def _train_reranker(
@@ -211,7 +286,7 @@ def _train_reranker(
     head = PairHead(setup.backbone.width)
     model = reranking.PairModel(setup.backbone, setup.method(head), head)
     kind, scratch = reranking.KIND, (reranking.CHECKPOINT,)
-    with building(folder, kind, recipe=recipe.resolved, inputs=inputs, scratch=scratch) as draft:
+    with building(folder, kind, recipe=recipe.resolved, inputs=inputs, scratch=scratch, unlisted=(PICTURE,)) as draft:
         reranking.train_reranker(
             model,
             setup.examples(setup.passages()),
@@ -223,12 +298,11 @@ def _train_reranker(
             stored=setup.stored,
             log=log,
         )
+        _draw_curves(draft.path, {recipe.name: _curve(draft.path)}, log)
     return load_artifact(folder, kind)
 
 
-def _average_readers(
-    recipe: Recipe, settings: config.ReaderAverage, places: Places, folder: Path, log: Log
-) -> Artifact:
+def _average(recipe: Recipe, settings: config.ModelAverage, places: Places, folder: Path, log: Log) -> Artifact:
     """The weighted mean of trained values (Wortsman et al. 2022, arXiv 2203.05482, "model soups").
 
     It is a model only where the parts lie close together: each went on from another one's values.
@@ -237,17 +311,21 @@ def _average_readers(
 
     from odqa.frozen.method import DESCRIPTION, TENSORS
     from odqa.read import span
+    from odqa.rerank import train as reranking
 
     sources = [places.file(part.model) for part in settings.parts]
+    like = load_artifact(sources[settings.like])
+    own_files = {span.KIND: span.READER, reranking.KIND: reranking.DESCRIPTION}
+    if like.kind not in own_files:
+        raise ArtifactMismatch(f"{like.path}: a {like.kind}; a mean is of span readers or re-rankers.")
     inputs: dict[str, Any] = {
         part.model: sha256_json([sha256_file(source / name) for name in (TENSORS, DESCRIPTION, HEADS[0])])
         for part, source in zip(settings.parts, sources, strict=True)
     }
-    found = finished_artifact(folder, span.KIND, recipe, log)
+    found = finished_artifact(folder, like.kind, recipe, log)
     if found is not None and found.manifest["inputs"] == inputs:
         log(f"{folder}: made already")
         return found
-    like = sources[settings.like]
     descriptions = {(source / DESCRIPTION).read_text(encoding="utf-8") for source in sources}
     if len(descriptions) > 1:
         raise ArtifactMismatch(
@@ -259,18 +337,37 @@ def _average_readers(
         used = [(weight, load_file(s / name)) for weight, s in zip(weights, sources, strict=True) if weight]
         return {key: sum(weight * tensors[key].float() for weight, tensors in used) for key in used[0][1]}
 
-    with building(folder, span.KIND, recipe=recipe.resolved, inputs=inputs) as draft:
+    with building(folder, like.kind, recipe=recipe.resolved, inputs=inputs) as draft:
         method = mean(TENSORS, [part.method for part in settings.parts])
         if settings.stored == "float16":
             method = {name: tensor.half() for name, tensor in method.items()}
         save_file(method, draft.path / TENSORS)
         save_file(mean(HEADS[0], [part.head for part in settings.parts]), draft.path / HEADS[0])
-        for name in (DESCRIPTION, span.READER):
-            (draft.path / name).write_bytes((like / name).read_bytes())
+        for name in (DESCRIPTION, own_files[like.kind]):
+            (draft.path / name).write_bytes((like.path / name).read_bytes())
         head = load_file(draft.path / HEADS[0])
         draft.counts["trainable"] = sum(tensor.numel() for tensor in (*method.values(), *head.values()))
-        draft.extra["backbone"] = load_artifact(like, span.KIND).manifest["backbone"]
-    return load_artifact(folder, span.KIND)
+        draft.extra["backbone"] = like.manifest["backbone"]
+    return load_artifact(folder, like.kind)
+
+
+def _train_lm_reader(
+    recipe: Recipe, settings: config.LmReaderTraining, places: Places, folder: Path, log: Log
+) -> Artifact:
+    from odqa.read import adapt
+
+    setup = _LmSetup(settings, places)
+    inputs = setup.inputs()
+    found = finished_artifact(folder, adapt.KIND, recipe, log)
+    if found is not None and found.manifest["inputs"] == inputs:
+        log(f"{folder}: trained already")
+        return found
+    tune, batches, method = setup.tune(log), setup.batches(), setup.method()
+    kind, scratch = adapt.KIND, (adapt.CHECKPOINT,)
+    with building(folder, kind, recipe=recipe.resolved, inputs=inputs, scratch=scratch, unlisted=(PICTURE,)) as draft:
+        adapt.train_method(setup.reader, method, batches, tune, draft, setup.fit, stored=setup.stored, log=log)
+        _draw_curves(draft.path, {recipe.name: _curve(draft.path)}, log)
+    return load_artifact(folder, kind)
 
 
 def _pretrain_lm(recipe: Recipe, settings: config.LmTraining, places: Places, folder: Path, log: Log) -> Artifact:
@@ -310,16 +407,20 @@ def _pretrain_lm(recipe: Recipe, settings: config.LmTraining, places: Places, fo
     fit_settings = FitSettings(**settings.fit.model_dump(), autocast=autocast)
     common: dict[str, Any] = {"device": device, "attention": "eager" if on_cpu else "sdpa", "log": log}
     kind, scratch = LANGUAGE_MODEL, (pretrain.CHECKPOINT,)
-    with building(folder, kind, recipe=recipe.resolved, inputs=inputs, scratch=scratch) as draft:
+    with building(folder, kind, recipe=recipe.resolved, inputs=inputs, scratch=scratch, unlisted=(PICTURE,)) as draft:
         common["checkpoint"] = draft.path / pretrain.CHECKPOINT
         mix = pretrain.MixSettings(**settings.mix.model_dump())
+        sizes = settings.model.model_dump(exclude={"kind"})
         if isinstance(settings.model, config.EncoderDecoderLm):
             curve, saved = pretrain.pretrain_encoder_decoder(
-                draft.path, settings.model, corpus, mix, tune, fit_settings, **common
+                draft.path, pretrain.EncoderDecoderSizes(**sizes), corpus, mix, tune, fit_settings, **common
             )
         else:
-            curve, saved = pretrain.pretrain_decoder(draft.path, settings.model, corpus, mix, fit_settings, **common)
+            curve, saved = pretrain.pretrain_decoder(
+                draft.path, pretrain.DecoderSizes(**sizes), corpus, mix, fit_settings, **common
+            )
         pretrain.write_curve(draft.path, curve)
+        _draw_curves(draft.path, {recipe.name: _curve(draft.path)}, log)
         draft.counts |= {"saved_values": saved, "passages": len(passages), "examples": len(examples)}
         draft.measured |= {"training_seconds": curve[-1]["seconds"], "peak_memory_bytes": peak_memory_bytes()}
     return load_artifact(folder, kind)
@@ -420,6 +521,94 @@ class _Setup:
         return method
 
 
+class _LmSetup:
+    """What a method for a generative reader needs to be trained: files, the pipeline's reader and packer, examples."""
+
+    def __init__(self, settings: config.LmReaderTraining, places: Places) -> None:
+        import torch
+
+        from odqa.frozen.fit import FitSettings
+        from odqa.read.lm import LmReader
+        from odqa.recipes import build_packer, build_reader
+        from odqa.runtime import has_fast_bf16
+
+        self.settings, self.places = settings, places
+        self.pipeline = load_recipe(settings.pipeline, "pipeline")
+        pipeline = self.pipeline.settings
+        assert isinstance(pipeline, config.PipelineRecipe)
+        if not isinstance(pipeline.reader, config.LmReaderSettings) or pipeline.reader.passages != "together":
+            raise RecipeError(
+                f"{settings.pipeline}: a method is trained for a reader of kind lm that reads its passages together."
+            )
+        if pipeline.reader.method is not None:
+            raise RecipeError(f"{settings.pipeline}: its reader has a method already. Name the pipeline without one.")
+        names = (settings.train, *settings.passages, *(tune.file for tune in settings.tune))
+        self.files = {name: places.file(name) for name in names}
+        self.rankings = None if settings.rankings is None else _rankings_folder(settings.rankings, places)
+        self.start = None if settings.start is None else places.file(settings.start)
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        # The model trains in float32 (in bfloat16 under autocast), whatever the pipeline reads in.
+        reader = build_reader(pipeline.reader.model_copy(update={"dtype": "float32", "batch_size": 16}))
+        assert isinstance(reader, LmReader)
+        self.reader, self.packer = reader, build_packer(pipeline.packer, reader)
+        on_cpu = reader.backbone.device.type == "cpu"
+        autocast = has_fast_bf16() or not on_cpu if settings.autocast is None else settings.autocast
+        self.fit = FitSettings(**settings.fit.model_dump(), autocast=autocast)
+        self.stored = torch.float16 if settings.stored == "float16" else torch.float32
+
+    def inputs(self) -> dict[str, Any]:
+        """What the manifest says was read."""
+        from odqa.frozen.method import TENSORS
+
+        inputs: dict[str, Any] = {name: describe_file(name, path)["sha256"] for name, path in self.files.items()}
+        inputs |= {"backbone": self.reader.backbone.fingerprint, "pipeline": self.pipeline.hash}
+        if self.rankings is not None:
+            inputs["rankings"] = load_artifact(self.rankings, RANKINGS).hash
+        if self.start is not None:
+            inputs["start"] = sha256_file(self.start / TENSORS)
+        return inputs
+
+    def tune(self, log: Log) -> dict[str, "TuneSet"]:
+        """The tune sets by name, ranked and packed by the pipeline."""
+        from odqa.corpus.io import read_gold, read_questions
+        from odqa.read.adapt import TuneSet
+
+        if not self.settings.tune:
+            return {}
+        ranker = load_ranker(self.settings.pipeline, places=self.places, build=True, log=log)
+        tune = {}
+        for chosen in self.settings.tune:
+            file = self.files[chosen.file]
+            pairs = list(zip(read_questions(file), read_gold(file), strict=True))[: chosen.limit]
+            tune[chosen.name] = TuneSet.pack(self.packer, pairs, ranker.rank([query for query, _ in pairs]))
+        return tune
+
+    def batches(self) -> "ContextBatches":
+        """The training contexts, packed when they are asked for."""
+        from odqa.corpus.examples import read_examples, read_rankings
+        from odqa.corpus.io import read_passages
+        from odqa.read.adapt import ContextBatches, ContextSettings
+
+        passages = {p.id: p for name in self.settings.passages for p in read_passages(self.files[name])}
+        mined = None if self.rankings is None else read_rankings(self.rankings)
+        examples = list(read_examples(self.files[self.settings.train], passages, mined))
+        contexts = ContextSettings(**self.settings.contexts.model_dump())
+        return ContextBatches(self.reader, self.packer, examples, contexts)
+
+    def method(self) -> "Method":
+        """The method to be trained, fresh or as `start` has it."""
+        from safetensors.torch import load_file
+
+        from odqa.frozen.method import TENSORS, create_method, load_tensors
+
+        named = self.settings.method
+        method = create_method(named.kind, self.reader.backbone, **named.model_dump(mode="json", exclude={"kind"}))
+        if self.start is not None:
+            load_tensors(method, load_file(self.start / TENSORS), str(self.start))
+        return method
+
+
 def _rankings_folder(name: str, places: Places) -> Path:
     """The folder itself, or the place of what a mining recipe makes."""
     path = Path(name)
@@ -429,3 +618,22 @@ def _rankings_folder(name: str, places: Places) -> Path:
     if not (folder / MANIFEST).is_file():
         raise ArtifactError(f"{folder}: the rankings are not mined yet. Mine them with: odqa mine {name}")
     return folder
+
+
+def _curve(folder: Path) -> list[dict[str, Any]]:
+    """The curve.json of a training."""
+    curve: list[dict[str, Any]] = json.loads((folder / "curve.json").read_text(encoding="utf-8"))
+    return curve
+
+
+def _draw_curves(folder: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]], log: Log) -> None:
+    """Draw trainings by label into a folder: loss, and scores on tune. Without matplotlib there is no picture."""
+    from odqa.figures import training_curve
+
+    entries = [entry for curve in curves.values() for entry in curve]
+    found = dict.fromkeys(key for entry in entries for key in entry if key not in ("step", "loss", "rate"))
+    means = [key for key in found if key.startswith("tune.")]  # over several sets
+    try:
+        training_curve(folder / PICTURE, curves, scores=means or list(found))
+    except MissingExtra as error:
+        log(f"the picture of the loss is missing. {error}")

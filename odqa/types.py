@@ -57,9 +57,10 @@ class Dropped:
 class TokenCosts:
     """What a reader charges for one query, in tokens summed over all its forward passes.
 
-    `fixed` is spent whatever is packed (question, instruction, answer prefix). `passages` has one entry a hit: its own
-    price with title and separators, or None if the reader can never read it whole. Prices add up exactly. `limit` is
-    the most that the reader's window allows in all (None: it reads passages apart, only a budget bounds their number).
+    `fixed` is spent on a window whatever is packed into it (question, instruction, answer prefix); of no hits it is the
+    price of the question alone. `passages` has one entry a hit: its own price with title and separators, or None if the
+    reader can never read it whole. Prices add up exactly. `limit` is the most that one window of the reader allows
+    (None: it reads passages apart, only a budget bounds their number).
     """
 
     fixed: int
@@ -72,9 +73,11 @@ class PackedContext:
     """What the reader really sees for one query.
 
     `hits` are the packed passages in reading order; one that was trimmed holds the kept text. `ranks` are their places
-    from 1 among the packed ones, by rank (empty: reading order is rank). `tokens` counts every token given to the
-    reader over all its forward passes (question, separators and titles included); never more than `budget`. `text` is
-    the context as a generative reader's prompt shows it; a reader that sees passages apart uses `hits`.
+    from 1 among the packed ones, by rank (empty: reading order is rank). `windows` are the windows that they are read
+    in, from 1 and never falling; each window is read by itself, with the question (empty: all in one). `tokens` counts
+    every token given to the reader over all its forward passes (question, separators and titles included); never more
+    than `budget`. `text` is the context as a generative reader's prompt shows it; a reader that sees passages apart
+    uses `hits`.
     """
 
     query: Query
@@ -84,6 +87,14 @@ class PackedContext:
     budget: int
     dropped: tuple[Dropped, ...] = ()
     ranks: tuple[int, ...] = ()
+    windows: tuple[int, ...] = ()
+
+    def by_window(self) -> list[tuple[Hit, ...]]:
+        """The packed passages of each window; one window without passages if nothing was packed."""
+        if not self.windows:
+            return [self.hits]
+        pairs = list(zip(self.hits, self.windows, strict=True))
+        return [tuple(hit for hit, at in pairs if at == window) for window in dict.fromkeys(self.windows)]
 
 
 @dataclass(frozen=True, slots=True)

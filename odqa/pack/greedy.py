@@ -1,8 +1,8 @@
 """The packer: the best passages first, as long as they fit a budget of tokens.
 
-The frozen reader's window is the scarce thing, so it is filled greedily from the best passage down (the packing of the
-frozen reader of arXiv 2204.10019). This module knows no tokenizer: it budgets with the prices that the reader charges
-(`Reader.costs`) and with nothing else.
+The frozen reader's window is the scarce thing, so it is filled greedily from the best passage down, or a small number
+of windows is, each for a forward pass of its own (the packing of the frozen reader of arXiv 2204.10019). This module
+knows no tokenizer: it budgets with the prices that the reader charges (`Reader.costs`) and with nothing else.
 
 The invariant: what is packed is what the reader sees, to the token. A passage goes in whole, or trimmed to whole
 sentences (`odqa.pack.trim`); the packed hit then holds the kept text. Nothing is cut afterwards, and every passage that
@@ -10,11 +10,11 @@ is left out is recorded with the reason.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, Protocol, TypeVar, get_args, runtime_checkable
 
-from odqa.errors import DataError
+from odqa.errors import DataError, RecipeError
 from odqa.pack.duplicates import NearDuplicates, mark_duplicates
 from odqa.pack.trim import SentenceTrimmer, term_weights
 from odqa.stages import Reader
@@ -44,6 +44,10 @@ class GreedyPacker:
     `budget` bounds all tokens given to the reader for one query, question and separators included; the reader's own
     limit holds as well. `max_passages` bounds the number of passages.
 
+    `windows` n packs up to n windows that the reader reads apart, each of at most budget / n tokens with a question of
+    its own, so that n windows and one compare at equal budgets. A passage goes into the first window that has room; a
+    window without a passage is not read and costs nothing.
+
     `order` is the reading order: "score" puts the best first; "reverse" puts it last, next to the question in most
     prompts; "sides" puts the best first, the second best last and so on inwards, because long-context models lose what
     stands in the middle (Liu et al. 2023, arXiv 2307.03172). A reader that sees passages apart does not care.
@@ -67,6 +71,7 @@ class GreedyPacker:
         max_passages: int | None = None,
         order: Order = "score",
         *,
+        windows: int = 1,
         duplicates: Duplicates = "exact",
         resemblance: float = 0.5,
         trim: SentenceTrimmer | None = None,
@@ -75,6 +80,8 @@ class GreedyPacker:
             raise ValueError(f"budget is {budget}; it must be at least one token")
         if max_passages is not None and max_passages < 1:
             raise ValueError(f"max_passages is {max_passages}; it must be at least 1 (None: no bound)")
+        if windows < 1:
+            raise ValueError(f"windows is {windows}; it must be at least 1")
         if order not in get_args(Order):
             raise ValueError(f"order is {order!r}; it must be one of {', '.join(get_args(Order))}")
         if duplicates not in get_args(Duplicates):
@@ -82,6 +89,7 @@ class GreedyPacker:
         if not 0 < resemblance <= 1:
             raise ValueError(f"resemblance is {resemblance}; it must be above 0 and at most 1")
         self.reader, self.budget, self.max_passages, self.order = reader, budget, max_passages, order
+        self.windows = windows
         self.duplicates, self.resemblance, self.trim = duplicates, resemblance, trim
 
     def pack(self, queries: Sequence[Query], hits: Sequence[Sequence[Hit]]) -> list[PackedContext]:
@@ -91,19 +99,21 @@ class GreedyPacker:
         (`tokens` is the price of the shortest form that was priced, or 0 if the reader can never read it), or "over the
         limit" (not looked at, because `max_passages` was reached or because it is too long for the room left).
         `tokens` is 0 where nothing was priced. No hits: a context of the question alone.
-        Raises DataError if the question alone is over the budget or over the reader's window.
+        Raises DataError if the question alone is over the budget of a window or over the reader's window, RecipeError
+        for several windows with a reader that sees every passage apart.
         """
         return [self._pack_one(query, list(found)) for query, found in zip(queries, hits, strict=True)]
 
     def _pack_one(self, query: Query, hits: list[Hit]) -> PackedContext:
         # 1. Duplicates leave before any token is counted. `fate` says what became of each hit: packed, or dropped.
-        fate: dict[int, Hit | Dropped] = {}
+        fate: dict[int, _Packed | Dropped] = {}
         for rank, is_duplicate in enumerate(mark_duplicates(hits)):
             if is_duplicate:
                 fate[rank] = Dropped(hits[rank].passage.id, "duplicate", 0)
 
         # 2. The question is paid for first.
-        room = self._open(query, hits)
+        alone = self._price_question(query)
+        room = self._open(query, alone, hits)
 
         # 3. Passages, best first; of each the longest form that fits.
         near = NearDuplicates(self.resemblance) if self.duplicates == "near" else None
@@ -117,29 +127,54 @@ class GreedyPacker:
                 fate[rank] = Dropped(hits[rank].passage.id, "near duplicate", 0)
             else:
                 fate[rank] = offers.take(rank, waiting[at + 1 :], places)
-            if isinstance(fate[rank], Hit):
+            if isinstance(fate[rank], _Packed):
                 places -= 1
                 if near is not None:
                     near.keep(hits[rank])
 
-        # 4. Reading order.
+        # 4. Reading order, window by window.
         outcomes = [fate[rank] for rank in range(len(hits))]
-        kept = [packed for packed in outcomes if isinstance(packed, Hit)]
-        chosen = tuple(_in_reading_order(kept, self.order))
-        ranks = tuple(_in_reading_order(range(1, len(kept) + 1), self.order))
-        text = self.reader.show(chosen) if isinstance(self.reader, ShowsContext) else show_passages(chosen)
-        dropped = tuple(drop for drop in outcomes if isinstance(drop, Dropped))
-        return PackedContext(query, text, chosen, room.spent, self.budget, dropped, ranks)
+        kept = list(enumerate((found for found in outcomes if isinstance(found, _Packed)), start=1))
+        chosen: list[tuple[int, _Packed]] = []
+        texts = []
+        for window in range(1, len(room.spent) + 1):
+            inside = _in_reading_order([(rank, packed) for rank, packed in kept if packed.window == window], self.order)
+            texts.append(self._show([packed.hit for _, packed in inside]))
+            chosen += inside
+        return PackedContext(
+            query,
+            "\n\n".join(texts),
+            tuple(packed.hit for _, packed in chosen),
+            sum(room.spent) if kept else alone,
+            self.budget,
+            tuple(drop for drop in outcomes if isinstance(drop, Dropped)),
+            tuple(rank for rank, _ in chosen),
+            tuple(packed.window for _, packed in chosen) if self.windows > 1 else (),
+        )
 
-    def _open(self, query: Query, hits: Sequence[Hit]) -> "_Room":
-        costs = self.reader.costs(query, [_EMPTY] if hits else [])
-        if costs.fixed > self.budget:
+    def _price_question(self, query: Query) -> int:
+        """What the question costs without passages."""
+        price, share = self.reader.costs(query, ()).fixed, self.budget // self.windows
+        if price > share:
+            of = f"{self.budget} for {self.windows} windows" if self.windows > 1 else str(self.budget)
             raise DataError(
-                f"query {query.id}: the question alone takes {costs.fixed} tokens with its prompt, the budget is "
-                f"{self.budget}. Raise packer.budget or shorten the question."
+                f"query {query.id}: the question alone takes {price} tokens with its prompt, the budget is {of}. Raise "
+                "packer.budget or shorten the question."
             )
-        total = self.budget if costs.limit is None else min(self.budget, costs.limit)
-        return _Room(total, costs.fixed, sum(price or 0 for price in costs.passages))
+        return price
+
+    def _open(self, query: Query, alone: int, hits: Sequence[Hit]) -> "_Room":
+        if not hits:
+            return _Room(0, alone, 0, self.windows)
+        costs = self.reader.costs(query, [_EMPTY])
+        if costs.limit is None and self.windows > 1:
+            raise RecipeError("packer.windows: this reader sees every passage apart already. Set windows: 1.")
+        share = self.budget // self.windows
+        total = share if costs.limit is None else min(share, costs.limit)
+        return _Room(total, costs.fixed, sum(price or 0 for price in costs.passages), self.windows)
+
+    def _show(self, hits: Sequence[Hit]) -> str:
+        return self.reader.show(hits) if isinstance(self.reader, ShowsContext) else show_passages(hits)
 
 
 def show_passages(hits: Sequence[Hit]) -> str:
@@ -157,6 +192,14 @@ def _in_reading_order(kept: Sequence[T], order: Order) -> list[T]:
             return [*kept[::2], *kept[1::2][::-1]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A hit as it was packed, whole or trimmed, and the window that it went into, from 1."""
+
+    hit: Hit
+    window: int
+
+
 class _Offers:
     """The forms in which the hits of one query may be packed, longest first, each made once and priced once."""
 
@@ -168,7 +211,7 @@ class _Offers:
         self._made: dict[int, Sequence[Hit]] = {}
         self._prices: dict[tuple[int, int], int | None] = {}  # by rank and number of the form
 
-    def take(self, rank: int, coming: Sequence[int], places: int) -> Hit | Dropped:
+    def take(self, rank: int, coming: Sequence[int], places: int) -> _Packed | Dropped:
         """Pay for the longest form of a hit that fits. `coming` are the ranks after it, perhaps priced along."""
         refused = Dropped(self._hits[rank].passage.id, "over the limit", 0)
         if not self._room.has_room:
@@ -179,8 +222,8 @@ class _Offers:
                     continue
                 self._ask([(rank, number), *islice(self._worth_asking(coming), min(PRICED_AT_ONCE, places) - 1)])
             price = self._prices[rank, number]
-            if self._room.take(form, price):
-                return form
+            if window := self._room.take(form, price):
+                return _Packed(form, window)
             refused = Dropped(self._hits[rank].passage.id, "does not fit", price or 0)
         return refused
 
@@ -208,11 +251,16 @@ class _Offers:
 
 @dataclass(slots=True)
 class _Room:
-    """What is left of one query's tokens. `empty` is what a passage without words costs."""
+    """What is left of one query's tokens: up to `windows` windows of `total` tokens, each of which begins with `fixed`.
+
+    `empty` is what a passage without words costs; `spent` has the tokens of each window that holds a passage.
+    """
 
     total: int
-    spent: int
+    fixed: int
     empty: int
+    windows: int
+    spent: list[int] = field(default_factory=list)
     cheapest: float = 0.0
     """The fewest tokens a character any passage has cost so far; 0 before the first price: then all may fit."""
 
@@ -222,22 +270,30 @@ class _Room:
         return self.fits(self.empty)
 
     def fits(self, price: int | None) -> bool:
-        return price is not None and self.spent + price <= self.total
+        return price is not None and self._least_spent + price <= self.total
 
     def may_fit(self, hit: Hit) -> bool:
         """Whether the passage is worth asking for its price."""
-        return self.spent + max(self.empty, self.cheapest * _characters(hit)) <= self.total
+        return self._least_spent + max(self.empty, self.cheapest * _characters(hit)) <= self.total
 
-    def take(self, hit: Hit, price: int | None) -> bool:
-        """Pay for a passage if it fits."""
+    def take(self, hit: Hit, price: int | None) -> int | None:
+        """Pay for a passage and give the number of the first window that has room for it, from 1; None: none has."""
         if price is None:
-            return False
+            return None
         rate = price / max(1, _characters(hit))
         self.cheapest = min(self.cheapest, rate) if self.cheapest else rate
         if not self.fits(price):
-            return False
-        self.spent += price
-        return True
+            return None
+        window = next((at for at, spent in enumerate(self.spent) if spent + price <= self.total), len(self.spent))
+        if window == len(self.spent):
+            self.spent.append(self.fixed)
+        self.spent[window] += price
+        return window + 1
+
+    @property
+    def _least_spent(self) -> int:
+        """Tokens in the emptiest window."""
+        return self.fixed if len(self.spent) < self.windows else min(self.spent)
 
 
 def _characters(hit: Hit) -> int:

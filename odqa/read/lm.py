@@ -5,6 +5,10 @@ and the question are tokenised apart and concatenated. So a passage costs the sa
 exactly, and what was packed is what the model sees; nothing is truncated here, a prompt of another length than the
 packer paid for is refused.
 
+Three ways to read many passages: all in one prompt; in several windows, each a prompt with an answer of its own, joined
+by their probabilities; or apart, each in a prompt that is encoded by itself, with one decoder that writes from all
+encoder states in a row (Fusion-in-Decoder: Izacard & Grave 2021, arXiv 2007.01282, section 3).
+
 It does not know where passages come from, nor gold answers. What it does to a model's text is in `AnswerRules`, and
 nowhere else; `describe` shows all of it. A model's own generation settings (sampling, penalties) are not inherited.
 """
@@ -12,20 +16,24 @@ nowhere else; `describe` shows all of it. A model's own generation settings (sam
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 import torch
-from transformers import AutoConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.modeling_outputs import BaseModelOutput
 
 from odqa.errors import DataError, RecipeError
 from odqa.frozen.backbone import Backbone, frozen_guard, load_backbone
-from odqa.models import embedded_folder
+from odqa.frozen.method import Method
+from odqa.models import is_encoder_decoder
 from odqa.read.prompts import AnswerRules, Demonstration, Messages, Piece, Prompt, PromptTemplate, find_template
 from odqa.runtime import progress
+from odqa.text import as_written, normalize_answer
 from odqa.types import Answer, Candidate, Hit, PackedContext, Query, TokenCosts
 
 T = TypeVar("T")
@@ -70,15 +78,41 @@ class Generation:
         return self.logprob / self.tokens
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What the model writes an answer from: one prompt, or several that are encoded apart.
+
+    `number` tells the sources of one query from each other.
+    """
+
+    query: Query
+    prompts: Sequence[list[int]]
+    number: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(prompt) for prompt in self.prompts)
+
+
 class LmReader:
-    """Reads all packed passages in one prompt and generates an answer.
+    """Generates an answer from a prompt with all packed passages, or from one with those of each window.
+
+    Windows (`PackedContext.windows`) are joined: P(answer) is the mean over the windows of P(answer | window), so that
+    equal answers add up (after SQuAD normalisation). An answer that a window did not write has probability 0 there, and
+    a window that abstains has no say in which answer is best (our choice: it may rightly not be there). The probability
+    is that of the whole text, not the mean of its tokens: only the former adds up to at most 1, so that sums mean
+    something. This is RAG-Sequence with a uniform prior and its "fast decoding" (Lewis et al. 2020, arXiv 2005.11401,
+    sections 2.1 and 2.5).
+
+    `passages` "apart" is for encoder-decoders: each passage is encoded in a prompt of its own, pays for its question
+    and instruction, and one decoder reads all. Then there are no windows; demonstrations are in every prompt.
 
     Prompt: `prompt` is a template or the name of one, `demonstrations` are shown before the question, `chat` words it
     as a conversation by the tokenizer's chat template, with `chat_options` for that template.
 
     Window: `window` tokens, if not given what the configuration or else the tokenizer says. A causal model shares it
-    with the answer (`max_new_tokens`), an encoder-decoder model does not. `reserved` tokens stay free for what a method
-    puts in front of the text.
+    with the answer (`max_new_tokens`), an encoder-decoder model does not. A `method` is attached for good; what it puts
+    into the window, and `reserved` tokens, stay free. The window holds a prompt, not all prompts together.
 
     Decoding: greedy; with `beams` > 1 beam search, ranked by log-probability / length ** `length_penalty` (0.0, our
     choice: by log-probability); with `sample` independent samples (`temperature`, `top_k`, `top_p`; 0 and 1.0 switch
@@ -87,8 +121,9 @@ class LmReader:
     `batch_size` is the number of texts written at once, over all questions, samples and beams.
 
     `score` says what `Answer.score` is: the "sum" of the answer's token log-probabilities or their "mean"; a
-    candidate's `logprob` is always the sum. `guard` checks before and after each call of `read` that no weight has
-    changed; this hashes the whole model twice.
+    candidate's `logprob` is always the sum. `spelling` "passage" writes an answer as a packed passage or its title has
+    it (`odqa.text.as_written`), for models whose vocabulary has no capitals or accents. `guard` checks before and after
+    each call of `read` that no weight has changed; this hashes the whole model twice.
 
     Raises RecipeError for settings that contradict each other or the model.
     """
@@ -98,6 +133,8 @@ class LmReader:
         backbone: Backbone,
         prompt: PromptTemplate | str = "open-book",
         *,
+        method: Method | None = None,
+        passages: Literal["together", "apart"] = "together",
         demonstrations: Sequence[Demonstration] = (),
         chat: bool = False,
         chat_options: Mapping[str, Any] | None = None,
@@ -114,6 +151,7 @@ class LmReader:
         seed: int = 0,
         rules: AnswerRules | None = None,
         score: Literal["sum", "mean"] = "sum",
+        spelling: Literal["model", "passage"] = "model",
         batch_size: int = 8,
         guard: bool = False,
     ) -> None:
@@ -125,6 +163,16 @@ class LmReader:
         _check_sampling(temperature, top_k, top_p)
         if score not in ("sum", "mean"):
             raise RecipeError(f"reader lm: score is {score!r}; it must be sum or mean.")
+        if spelling not in ("model", "passage"):
+            raise RecipeError(f"reader lm: spelling is {spelling!r}; it must be model or passage.")
+        if passages not in ("together", "apart"):
+            raise RecipeError(f"reader lm: passages is {passages!r}; it must be together or apart.")
+        if passages == "apart" and backbone.architecture != "seq2seq":
+            raise RecipeError(
+                f"reader lm: passages: apart needs an encoder-decoder, and {backbone.name} is a causal model. Set "
+                "passages: together, or read several windows (packer.windows)."
+            )
+        self.passages, self.spelling = passages, spelling
         self.backbone = backbone
         self.rules = AnswerRules() if rules is None else rules
         template = find_template(prompt) if isinstance(prompt, str) else prompt
@@ -136,6 +184,8 @@ class LmReader:
         self.max_new_tokens, self.batch_size, self.score, self.guard = max_new_tokens, batch_size, score, guard
         answer_room = max_new_tokens if backbone.architecture == "causal" else 0
         self._copies = candidates if sample else 1
+        if method is not None:
+            reserved += method.virtual_tokens(backbone)
         self.limit = self.window - answer_room - reserved
         """The longest prompt in tokens."""
         if self.limit < 1:
@@ -143,6 +193,9 @@ class LmReader:
                 f"reader lm: max_new_tokens {max_new_tokens} and reserved {reserved} leave no room for a prompt in the "
                 f"window of {self.window} tokens."
             )
+        self.method = method
+        if method is not None:
+            method.attach(backbone)
         # A packer asks for prices several times a question; demonstrations are long.
         self._frame = lru_cache(maxsize=_FRAMES)(self._encode_frame)
         # A conversation brings its own special tokens.
@@ -154,17 +207,21 @@ class LmReader:
     def costs(self, query: Query, hits: Sequence[Hit]) -> TokenCosts:
         """Exact prices in tokens; None for a passage that does not fit beside the question even alone.
 
-        Raises DataError if the question alone does not fit the window, RecipeError if the prompt reads no passages.
+        Passages that are read apart each pay for a whole prompt, and nothing else is charged. Raises DataError if the
+        question alone does not fit the window, RecipeError if the prompt reads no passages.
         """
         before, after = self._frame(query.text)
-        fixed = len(before) + len(after)
-        if fixed > self.limit:
+        frame = len(before) + len(after)
+        if frame > self.limit:
             raise DataError(
-                f"query {query.id}: the question takes {fixed} tokens with its prompt; {self.backbone.name} has room "
+                f"query {query.id}: the question takes {frame} tokens with its prompt; {self.backbone.name} has room "
                 f"for {self.limit} (window of {self.window}). Shorten the question or the demonstrations."
             )
-        prices = [len(ids) for ids in self._encode([self.prompt.passage(hit.passage) for hit in hits])]
-        return TokenCosts(fixed, tuple(price if fixed + price <= self.limit else None for price in prices), self.limit)
+        own = [len(ids) for ids in self._encode([self.prompt.passage(hit.passage) for hit in hits])]
+        if self.passages == "together":
+            return TokenCosts(frame, tuple(n if frame + n <= self.limit else None for n in own), self.limit)
+        whole = tuple(frame + n if frame + n <= self.limit else None for n in own)
+        return TokenCosts(0 if hits else frame, whole, None)
 
     def show(self, hits: Sequence[Hit]) -> str:
         """Packed passages as the prompt words them."""
@@ -177,38 +234,62 @@ class LmReader:
         packed for another prompt, DataError if the model's output is not a number.
         """
         return [
-            self._answer(context.query, generations)
+            self._answer(context, generations)
             for context, generations in zip(contexts, self.generate(contexts), strict=True)
         ]
 
     def generate(self, contexts: Sequence[PackedContext]) -> list[list[Generation]]:
-        """What the model writes for each context: `candidates` generations, best first, equal ones included."""
-        prompts = [self.encode(context) for context in contexts]
+        """What the model writes for each context: `candidates` generations a window, best first, with equal ones."""
+        sources: list[_Source] = []
+        numbers: list[int] = []  # of the contexts that the sources are from
+        for number, context in enumerate(contexts):
+            prompts = self.encode(context)
+            texts = [prompts] if self.passages == "apart" else [[prompt] for prompt in prompts]
+            sources += [_Source(context.query, text, at) for at, text in enumerate(texts)]
+            numbers += [number] * len(texts)
+        written: list[list[Generation]] = [[] for _ in sources]
         # Neighbours in length share a batch, so that little of it is padding.
-        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-        results: list[list[Generation]] = [[] for _ in prompts]
+        order = sorted(range(len(sources)), key=lambda at: sources[at].tokens)
         guard = frozen_guard(self.backbone) if self.guard else contextlib.nullcontext()
-        with guard, progress("read", len(prompts), "questions") as bar:
+        with guard, progress("read", len(sources), "texts") as bar:
             for batch in _chunks(order, max(1, self.batch_size // max(self.beams, self._copies))):
-                queries = [contexts[number].query for number in batch]
-                generated = self._generate(queries, [prompts[number] for number in batch])
-                for number, generations in zip(batch, generated, strict=True):
-                    results[number] = generations
+                generated = self._generate([sources[at] for at in batch])
+                for at, generations in zip(batch, generated, strict=True):
+                    written[at] = generations
                 bar.advance(len(batch))
+        results: list[list[Generation]] = [[] for _ in contexts]
+        for number, generations in zip(numbers, written, strict=True):
+            results[number] += generations
         return results
 
-    def encode(self, context: PackedContext) -> list[int]:
-        """The token ids of the prompt: exactly `context.tokens` of them, or ValueError."""
+    def encode(self, context: PackedContext) -> list[list[int]]:
+        """Token ids of each prompt: one a window, or one a passage that is read apart.
+
+        Together they are exactly `context.tokens`, or ValueError.
+        """
         query = context.query
         before, after = self._frame(query.text)
-        passages = self._encode([self.prompt.passage(hit.passage) for hit in context.hits])
-        ids = [*before, *(token for passage in passages for token in passage), *after]
-        if len(ids) != context.tokens or len(ids) > self.limit:
+        read: list[tuple[Hit, ...]] = context.by_window()
+        if self.passages == "apart" and context.hits:
+            read = [(hit,) for hit in context.hits]
+        prompts = []
+        for hits in read:
+            passages = self._encode([self.prompt.passage(hit.passage) for hit in hits])
+            prompts.append([*before, *(token for passage in passages for token in passage), *after])
+        lengths = [len(prompt) for prompt in prompts]
+        if sum(lengths) != context.tokens or max(lengths) > self.limit:
             raise ValueError(
-                f"query {query.id}: the context says {context.tokens} tokens, its prompt has {len(ids)} and the reader "
-                f"room for {self.limit}. Pack it with the costs of this reader."
+                f"query {query.id}: the context says {context.tokens} tokens, its prompts have {sum(lengths)} (the "
+                f"longest {max(lengths)}) and the reader room for {self.limit}. Pack it with the costs of this reader."
             )
-        return ids
+        return prompts
+
+    def encode_answer(self, answer: str) -> list[int]:
+        """The token ids that a prompt should be continued with to give this answer, the end of the text included."""
+        after_words = self.prompt.chat is None and self.prompt.template.answer and not self._suffix
+        text = f" {answer}" if after_words else answer
+        ids = self.backbone.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return [*ids["input_ids"], min(self._ends)] if self._ends else list(ids["input_ids"])
 
     def describe(self) -> dict[str, object]:
         """Everything that decides an answer besides the weights, as JSON values."""
@@ -225,6 +306,7 @@ class LmReader:
             "window": self.window,
             "limit": self.limit,
             "prompt": template.name,
+            "passages": self.passages,
             "chat": self.prompt.chat is not None,
             "demonstrations": len(self.prompt.demonstrations),
             "max_new_tokens": self.max_new_tokens,
@@ -232,6 +314,7 @@ class LmReader:
             "decoding": decoding,
             "stop": list(self.rules.stop),
             "cleanup": list(self.rules.cleanup),
+            "spelling": self.spelling,
             "abstain": list(self.rules.abstain),
         }
 
@@ -263,18 +346,21 @@ class LmReader:
         return ids
 
     @torch.inference_mode()
-    def _generate(self, queries: Sequence[Query], prompts: Sequence[list[int]]) -> list[list[Generation]]:
-        """One batch. Rows of the batch: the prompts, each `candidates` times in a row when sampling."""
-        rows = [prompt for prompt in prompts for _ in range(self._copies)]
-        ids, mask = _pad(rows, self._padding(), left=self.backbone.architecture == "causal")  # (rows, T) each
-        start = ids.shape[1] if self.backbone.architecture == "causal" else 1
+    def _generate(self, sources: Sequence[_Source]) -> list[list[Generation]]:
+        """One batch. Rows of the batch: the sources, each `candidates` times in a row when sampling."""
+        inputs = self._encode_apart(sources) if self.passages == "apart" else self._prompts(sources)
+        start = inputs["input_ids"].shape[1] if self.backbone.architecture == "causal" else 1
         noise = LogitsProcessorList()
         if self.sample:
-            names = [f"{self.seed}:{query.id}:{number}" for query in queries for number in range(self._copies)]
-            noise = self._sampling(names)
+            noise = self._sampling(
+                [
+                    f"{self.seed}:{source.query.id}:{source.number * self._copies + copy}"
+                    for source in sources
+                    for copy in range(self._copies)
+                ]
+            )
         output = self.backbone.model.generate(
-            input_ids=ids.to(self.backbone.device),
-            attention_mask=mask.to(self.backbone.device),
+            **inputs,
             logits_processor=noise,
             stopping_criteria=StoppingCriteriaList([_StopAtText(self, start)]),
             return_dict_in_generate=True,
@@ -295,15 +381,42 @@ class LmReader:
             self._finish(tokens, values) for tokens, values in zip(generated.tolist(), logprobs.tolist(), strict=True)
         ]
         groups = list(_chunks(finished, self.candidates))
-        for query, group in zip(queries, groups, strict=True):
+        for source, group in zip(sources, groups, strict=True):
             if not all(math.isfinite(generation.logprob) for generation in group):
                 raise DataError(
-                    f"query {query.id}: {self.backbone.name} gives probabilities that are not numbers in "
+                    f"query {source.query.id}: {self.backbone.name} gives probabilities that are not numbers in "
                     f"{str(self.backbone.model.dtype).removeprefix('torch.')}. Use dtype: float32."
                 )
             if self.sample:
                 group.sort(key=lambda generation: -generation.logprob)
         return groups
+
+    def _prompts(self, sources: Sequence[_Source]) -> dict[str, Any]:
+        """Token ids and mask of sources with one prompt each: (rows, T)."""
+        left = self.backbone.architecture == "causal"
+        ids, mask = _pad([source.prompts[0] for source in sources], self._padding(), left=left)
+        return {"input_ids": self._rows(ids), "attention_mask": self._rows(mask)}
+
+    def _encode_apart(self, sources: Sequence[_Source]) -> dict[str, Any]:
+        """Encoder states (rows, T, D) and mask (rows, T): those of a source's prompts, one behind the other.
+
+        Padding between prompts is taken out, so that states do not depend on what was encoded in one batch.
+        """
+        prompts = [prompt for source in sources for prompt in source.prompts]
+        states: dict[int, torch.Tensor] = {}
+        for batch in _chunks(sorted(range(len(prompts)), key=lambda at: len(prompts[at])), self.batch_size):
+            encoded = self.backbone.encode([prompts[at] for at in batch])
+            for at, found, mask in zip(batch, encoded.states, encoded.mask, strict=True):
+                states[at] = found[mask.bool()]
+        of_prompt = (states[at] for at in range(len(prompts)))
+        joined = [torch.cat([next(of_prompt) for _ in source.prompts]) for source in sources]
+        mask = pad_sequence([one.new_ones(len(one), dtype=torch.long) for one in joined], batch_first=True)
+        output = BaseModelOutput(last_hidden_state=self._rows(pad_sequence(joined, batch_first=True)))
+        return {"encoder_outputs": output, "attention_mask": self._rows(mask)}
+
+    def _rows(self, values: torch.Tensor) -> torch.Tensor:
+        """(sources, ...) -> (rows, ...), on the model's device: each source as often as it is sampled."""
+        return values.repeat_interleave(self._copies, dim=0).to(self.backbone.device)
 
     def _finish(self, tokens: Sequence[int], logprobs: Sequence[float]) -> Generation:
         """Find where the row's text ends; what the batch appended behind is not part of it."""
@@ -318,18 +431,36 @@ class LmReader:
                 break
         return Generation(self.rules.clean(raw), raw, stop, count, sum(logprobs[:count]))
 
-    def _answer(self, query: Query, generations: Sequence[Generation]) -> Answer:
-        best = generations[0]
-        distinct: dict[str, float] = {}
-        for generation in generations:
-            if generation.text:
-                distinct.setdefault(generation.text, generation.logprob)
+    def _answer(self, context: PackedContext, generations: Sequence[Generation]) -> Answer:
+        """Join what the windows say; see the class."""
+        windows = list(_chunks(generations, self.candidates))
+        is_answered = any(window[0].text for window in windows)
+        said: dict[str, list[Generation]] = {}
+        for window, passages in zip(windows, self._copied_from(context), strict=True):
+            if is_answered and not window[0].text:
+                continue
+            own: dict[str, Generation] = {}  # equal answers of one window count once
+            for generation in window:
+                text = as_written(generation.text, passages) if self.spelling == "passage" else generation.text
+                own.setdefault(normalize_answer(text) or text, replace(generation, text=text))
+            for key, generation in own.items():
+                said.setdefault(key, []).append(generation)
+        total = {key: _log_sum(one.logprob for one in same) - math.log(len(windows)) for key, same in said.items()}
+        best = {key: max(same, key=lambda generation: generation.logprob) for key, same in said.items()}
+        # Of one window the order is that of decoding, which may weigh lengths.
+        ranked = list(said) if len(windows) == 1 else sorted(said, key=lambda key: -total[key])
+        chosen = ranked[0] if is_answered else ""
         return Answer(
-            query.id,
-            best.text,
-            best.logprob if self.score == "sum" else best.mean_logprob,
-            tuple(Candidate(text, logprob) for text, logprob in distinct.items()),
+            context.query.id,
+            best[chosen].text,
+            total[chosen] if self.score == "sum" else total[chosen] / best[chosen].tokens,
+            tuple(Candidate(best[key].text, total[key]) for key in ranked if key),
         )
+
+    def _copied_from(self, context: PackedContext) -> list[list[str]]:
+        """What an answer may be copied from, for each window: the texts of its passages, then their titles."""
+        read = [context.hits] if self.passages == "apart" else context.by_window()
+        return [[*(hit.passage.text for hit in hits), *(hit.passage.title for hit in hits)] for hits in read]
 
     def _sampling(self, names: Sequence[str]) -> LogitsProcessorList:
         warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(self.temperature)] if self.temperature != 1.0 else []
@@ -357,11 +488,7 @@ def load_lm(name: str, **options: Any) -> Backbone:
     `options` are those of `load_backbone`: device, dtype, and what `from_pretrained` takes (device_map,
     quantization_config). Raises DataError for a model that is not there.
     """
-    try:
-        config = AutoConfig.from_pretrained(embedded_folder(name) or name)
-    except (OSError, ValueError) as error:
-        raise DataError(f"model {name!r} does not load: {str(error).splitlines()[0]}") from error
-    return load_backbone(name, "seq2seq" if config.is_encoder_decoder else "causal", **options)
+    return load_backbone(name, "seq2seq" if is_encoder_decoder(name) else "causal", **options)
 
 
 class _StopAtText(StoppingCriteria):  # type: ignore[misc]
@@ -391,6 +518,13 @@ class _GumbelNoise(LogitsProcessor):  # type: ignore[misc]
         width = scores.shape[-1]
         noise = torch.stack([-torch.empty(width).exponential_(generator=one).log() for one in self._generators])
         return scores + noise.to(scores.device)  # (rows, V)
+
+
+def _log_sum(logprobs: Iterable[float]) -> float:
+    """log of the sum of exp, in nats; of one number that number."""
+    values = list(logprobs)
+    most = max(values)
+    return most + math.log(sum(math.exp(value - most) for value in values))
 
 
 def _seed(name: str) -> int:

@@ -336,5 +336,26 @@ TEMPLATES: Mapping[str, PromptTemplate] = {
             line="",
             question_first=True,
         ),
+        # As odqa-mini was pre-trained to read one passage (odqa.lm.tasks); further passages follow in the same wording.
+        PromptTemplate(
+            "odqa-mini",
+            instruction="Answer the question from the passage.",
+            passage="Passage: {title}. {text}",
+            untitled="Passage: {text}",
+            answer="",
+            separator=" ",
+            line="",
+            question_first=True,
+        ),
+        # The same for the decoder-only odqa-mini-d: parts on lines of their own.
+        PromptTemplate(
+            "odqa-mini-d",
+            instruction="Answer the question from the passage.",
+            passage="Passage: {title}. {text}",
+            untitled="Passage: {text}",
+            separator="\n",
+            line="",
+            question_first=True,
+        ),
     )
 }

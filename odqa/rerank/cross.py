@@ -4,46 +4,27 @@ Any sequence-classification model that transformers loads, from a folder or hub 
 made (`odqa.rerank.models`). How the passages were found counts only if `retriever_weight` says so.
 
 Source: Nogueira & Cho 2019 (arXiv 1901.04085), the model; scores equal those of sentence-transformers' CrossEncoder
-before its activation. The invariant: the passages that come in are the passages that go out.
+before its activation.
 """
 
-import logging
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from odqa.errors import DataError, RecipeError
-from odqa.rerank.models import ROUND_TO, load_pair_scorer
-from odqa.runtime import Recent, progress, run_batches
-from odqa.types import Hit, Passage, Query
-
-_PAIRS_AT_ONCE = 8192  # our choice: pairs tokenised and sorted together; bounds memory, loses little of the sorting
-
-_log = logging.getLogger(__name__)
+from odqa.rerank.models import load_pair_scorer
+from odqa.rerank.pairs import PairReranker
+from odqa.runtime import Recent
+from odqa.types import Passage
 
 
-class CrossEncoderReranker:
-    """Scores (question, passage) pairs with the model in `model`.
+class CrossEncoderReranker(PairReranker):
+    """Scores (question, passage) pairs with the model in `model`; see `PairReranker` for the other settings.
 
     Score: the logit of a model with one label; with two labels the log-odds of `positive_label`, which order the
     passages as its probability does. Higher is better; scores of different models do not compare.
 
-    `retriever_weight` w adds w times the score that a hit came with, so that what the first stage knows and the model
-    does not still counts. 0 is the plain cross-encoder. The sum of the two raw scores is our choice; w depends on the
-    scales of both and is to be chosen on tune questions.
-
-    Only the first `depth` hits of a query are scored (None: all); the others follow behind in their old order, with
-    their old scores and sources, so scores do not compare across that border.
-
     `title_separator` stands between title and text; None leaves titles out (an artifact of `odqa train` has its own
     way). A pair longer than `max_tokens` (None: the model's window) loses the end of its passage, never a part of its
-    question; each call logs how many were cut.
-
-    Batches hold pairs of similar length of all queries, at most `batch_tokens` tokens with padding (None: what is fast
-    on the device). `dtype` "auto" is bfloat16 where that is fast; the last layer stays in float32, so that close
-    passages do not tie. Pairs whose score is in `memory` are not computed again: for an evaluation whose systems
-    re-rank many of the same passages with one model.
+    question. `dtype` "auto" is bfloat16 where that is fast; the last layer stays in float32, so that close passages do
+    not tie.
 
     Raises DataError for a model that does not load or has no trained classification head, RecipeError for one with
     another number of labels, ArtifactMismatch for an artifact of another kind or another backbone.
@@ -64,12 +45,9 @@ class CrossEncoderReranker:
         dtype: str = "auto",
         **load_options: Any,
     ) -> None:
-        if depth is not None and depth < 1:
-            raise RecipeError(f"reranker cross: depth is {depth}; it must be at least 1 (leave it out to re-rank all).")
-        if not 0 <= retriever_weight < math.inf:
-            raise RecipeError(f"reranker cross: retriever_weight is {retriever_weight}; it must be 0 or more.")
-        self.depth, self.retriever_weight, self.batch_tokens = depth, retriever_weight, batch_tokens
-        self.memory = memory
+        super().__init__(
+            "cross", depth=depth, retriever_weight=retriever_weight, batch_tokens=batch_tokens, memory=memory
+        )
         self.model = load_pair_scorer(
             model,
             title_separator=title_separator,
@@ -79,82 +57,3 @@ class CrossEncoderReranker:
             dtype=dtype,
             **load_options,
         )
-
-    def rerank(self, queries: Sequence[Query], hits: Sequence[Sequence[Hit]]) -> list[list[Hit]]:
-        """The same passages by the model's score, best first; ties keep the incoming order; no hits give no hits.
-
-        Raises DataError naming the query whose question leaves no room for a passage, or the query and the passage
-        whose score is not a number: the model's, or with a `retriever_weight` the one it came with.
-        """
-        pairs = [
-            _Pair(query, hit, number)
-            for number, (query, found) in enumerate(zip(queries, hits, strict=True))
-            for hit in found[: self.depth]
-        ]
-        renewed: list[list[Hit]] = [[] for _ in queries]
-        priors = [self._prior(pair) for pair in pairs]
-        for pair, score, prior in zip(pairs, self._known_or_scored(pairs), priors, strict=True):
-            renewed[pair.number].append(Hit(pair.hit.passage, score + prior, "cross"))
-        for ranking in renewed:
-            ranking.sort(key=lambda hit: -hit.score)  # stable: ties keep their order
-        rest = ([] if self.depth is None else list(found[self.depth :]) for found in hits)
-        return [ranking + behind for ranking, behind in zip(renewed, rest, strict=True)]
-
-    def _prior(self, pair: "_Pair") -> float:
-        """What the score that a hit came with adds."""
-        if not self.retriever_weight:
-            return 0.0
-        if not math.isfinite(pair.hit.score):
-            raise DataError(
-                f"query {pair.query.id}, passage {pair.hit.passage.id}: it comes from {pair.hit.source!r} with the "
-                f"score {pair.hit.score}, which retriever_weight cannot count. Set retriever_weight: 0."
-            )
-        return self.retriever_weight * pair.hit.score
-
-    def _known_or_scored(self, pairs: Sequence["_Pair"]) -> list[float]:
-        """The model's score of each pair, in their order; those that are remembered are not computed again."""
-        if self.memory is None:
-            return self._score(pairs)
-        keys = [(pair.query.text, pair.hit.passage) for pair in pairs]
-        new = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self.memory}
-        known = {key: self.memory[key] for key in keys if key not in new}
-        known |= zip(new, self._score(list(new.values())), strict=True)
-        self.memory.store(known)
-        return [known[key] for key in keys]
-
-    def _score(self, pairs: Sequence["_Pair"]) -> list[float]:
-        """The model's score of each pair, in their order."""
-        scores = [math.nan] * len(pairs)
-        cut = 0
-        with progress("rerank", len(pairs), "pairs") as bar:
-            for start in range(0, len(pairs), _PAIRS_AT_ONCE):
-                block = pairs[start : start + _PAIRS_AT_ONCE]
-                rows, long = self.model.encode([(pair.query, pair.hit.passage) for pair in block])
-                cut += long
-
-                def score(batch: list[int], start: int = start, rows: Sequence[Any] = rows) -> None:
-                    found = self.model.scores([rows[number] for number in batch])
-                    for number, value in zip(batch, found, strict=True):
-                        scores[start + number] = value
-                    bar.advance(len(batch))
-
-                lengths = [len(row["input_ids"]) for row in rows]
-                run_batches(score, lengths, device=self.model.device, batch_tokens=self.batch_tokens, step=ROUND_TO)
-        for pair, value in zip(pairs, scores, strict=True):
-            if not math.isfinite(value):
-                raise DataError(
-                    f"query {pair.query.id}, passage {pair.hit.passage.id}: {self.model.name} gives the score {value} "
-                    f"in {str(self.model.dtype).removeprefix('torch.')}. Use dtype: float32."
-                )
-        if cut:
-            _log.warning("rerank: %d of %d passages were cut at %d tokens", cut, len(pairs), self.model.max_tokens)
-        return scores
-
-
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """A query and one of its hits; `number` is the query's place in the call."""
-
-    query: Query
-    hit: Hit
-    number: int

@@ -153,7 +153,7 @@ def test_a_long_passage_loses_its_end_and_is_counted(one_label: str, caplog: pyt
     tokenizer = AutoTokenizer.from_pretrained(one_label)
     assert len(tokenizer(question, "the")["input_ids"]) == 6 + 3 + 1
     long, shortened = Passage("p", "the river " * 50), Passage("p", " ".join(["the river"] * 5 + ["the"]))
-    with caplog.at_level(logging.WARNING, "odqa.rerank.cross"):
+    with caplog.at_level(logging.WARNING, "odqa.rerank.pairs"):
         (cut,) = load(one_label, max_tokens=20).rerank([Query("q", question)], [ranked(long)])
     assert caplog.messages == ["rerank: 1 of 1 passages were cut at 20 tokens"]
     (whole,) = load(one_label).rerank([Query("q", question)], [ranked(shortened)])
@@ -293,7 +293,7 @@ def test_an_artifact_cuts_the_end_of_a_long_passage_and_counts_it(
     # The question has 6 tokens, [CLS] and three [SEP] are 4, the title 1: of 20 they leave 9 words of the text.
     query = Query("q", "what is the capital of france")
     long = Passage("p", "the river " * 50, "rome")
-    with caplog.at_level(logging.WARNING, "odqa.rerank.cross"):
+    with caplog.at_level(logging.WARNING, "odqa.rerank.pairs"):
         (cut,) = load(artifact, max_tokens=20).rerank([query], [ranked(long)])
     assert caplog.messages == ["rerank: 1 of 1 passages were cut at 20 tokens"]
     (whole,) = load(artifact).rerank([query], [ranked(Passage("p", " ".join(["the river"] * 4 + ["the"]), "rome"))])

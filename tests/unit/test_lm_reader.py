@@ -10,10 +10,10 @@ import torch
 from odqa.errors import DataError, RecipeError
 from odqa.frozen.backbone import Backbone, fingerprint, load_backbone
 from odqa.pack import GreedyPacker
-from odqa.read.lm import LmReader, load_lm
+from odqa.read.lm import Generation, LmReader, load_lm
 from odqa.read.prompts import AnswerRules, Demonstration, PromptTemplate
-from odqa.types import PackedContext, Passage, Query
-from tests.tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from odqa.types import Answer, PackedContext, Passage, Query
+from tests.tiny_models import tiny_bert, tiny_bert2bert, tiny_gpt2, tiny_llama, tiny_odqa_mini, tiny_t5
 from tests.unit.conformance_read import HITS, QUERIES, ReaderConformance, ranked
 
 SHORT = PromptTemplate("short", passage="{title}: {text}", question="Q: {question}", answer="A:", separator="\n")
@@ -28,6 +28,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Backbone]:
         "llama": tiny_llama(folder / "llama"),
         "chat": tiny_llama(folder / "chat", chat=True),
         "t5": tiny_t5(folder / "t5"),
+        "bert2bert": tiny_bert2bert(folder / "bert2bert"),
+        "odqa-mini": tiny_odqa_mini(folder / "odqa-mini"),
     }
     return {name: load_lm(str(path), device="cpu", dtype="float32") for name, path in paths.items()}
 
@@ -74,6 +76,34 @@ class TestSamplesOfT5(OnTinyModels):
     model, settings = "t5", {"sample": True, "candidates": 2, "top_k": 20}
 
 
+class TestOdqaMini(OnTinyModels):
+    model = "odqa-mini"
+
+
+class TestT5ReadsApart(OnTinyModels):
+    model, settings = "t5", {"passages": "apart"}
+
+
+class TestBert2BertReadsApartInSmallBatches(OnTinyModels):
+    model, settings = "bert2bert", {"passages": "apart", "batch_size": 2}
+
+
+class TestOdqaMiniReadsApartWithBeams(OnTinyModels):
+    model, settings = "odqa-mini", {"passages": "apart", "beams": 3, "candidates": 2}
+
+
+class TestSamplesOfT5ReadingApart(OnTinyModels):
+    model, settings = "t5", {"passages": "apart", "sample": True, "candidates": 2}
+
+
+class TestWindowsOfGpt2(OnTinyModels):
+    model, settings = "gpt2", {"candidates": 2, "beams": 2}
+
+    @pytest.fixture(scope="class")
+    def contexts(self, reader: LmReader) -> list[PackedContext]:
+        return GreedyPacker(reader, 200, windows=3).pack(QUERIES, HITS)
+
+
 class TestChatWithStopRules(OnTinyModels):
     model, settings = "chat", {"chat": True, "rules": None, "demonstrations": (Demonstration("1?", "one"),)}
 
@@ -85,9 +115,8 @@ def test_the_prompt_has_exactly_the_tokens_that_were_paid_for(backbone: Backbone
     reader = make(backbone)
     for context in pack(reader):
         costs = reader.costs(context.query, context.hits)
-        assert (
-            len(reader.encode(context)) == context.tokens == costs.fixed + sum(price or 0 for price in costs.passages)
-        )
+        (ids,) = reader.encode(context)
+        assert len(ids) == context.tokens == costs.fixed + sum(price or 0 for price in costs.passages)
 
 
 def test_the_model_is_given_the_packed_tokens_and_no_others(
@@ -105,7 +134,7 @@ def test_the_model_is_given_the_packed_tokens_and_no_others(
 
     monkeypatch.setattr(backbone.model, "generate", watch, raising=False)
     reader.read(contexts)
-    assert sorted(seen) == sorted(reader.encode(context) for context in contexts)
+    assert sorted(seen) == sorted(reader.encode(context)[0] for context in contexts)
 
 
 def test_a_context_packed_for_another_prompt_is_refused(models: dict[str, Backbone]) -> None:
@@ -156,7 +185,7 @@ def test_special_tokens_in_a_passage_are_text(models: dict[str, Backbone]) -> No
         hits = ranked(Passage("p", f"the {text} king"))
         (context,) = GreedyPacker(reader, 200).pack(QUERIES[:1], [hits])
         tokenizer = models[name].tokenizer
-        inside = reader.encode(context)[1:-1]  # but for `<s>` in front and T5's `</s>` behind
+        inside = reader.encode(context)[0][1:-1]  # but for `<s>` in front and T5's `</s>` behind
         assert not {"<|endoftext|>", "<|end|>", "</s>"} & set(tokenizer.convert_ids_to_tokens(inside))
         if name != "t5":  # byte-level vocabularies can write it, unigram ones leave it out
             assert text in tokenizer.decode(inside)
@@ -166,7 +195,7 @@ def test_special_tokens_stand_where_the_tokenizer_puts_them(models: dict[str, Ba
     ends = {"gpt2": (None, None), "llama": ("<s>", None), "t5": (None, "</s>")}
     for name, (first, last) in ends.items():
         reader = make(models[name])
-        ids = reader.encode(pack(reader)[0])
+        (ids,) = reader.encode(pack(reader)[0])
         tokens = models[name].tokenizer.convert_ids_to_tokens(ids)
         assert ((tokens[0] == "<s>"), (tokens[-1] == "</s>")) == (first is not None, last is not None)
 
@@ -180,7 +209,166 @@ def test_a_conversation_has_the_tokens_of_the_tokenizers_own_chat_template(model
     whole = models["chat"].tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, return_dict=False
     )
-    assert reader.encode(context) == list(whole)
+    assert reader.encode(context) == [list(whole)]
+
+
+# Passages apart
+
+
+@pytest.fixture(params=["t5", "bert2bert", "odqa-mini"])
+def writer(request: pytest.FixtureRequest, models: dict[str, Backbone]) -> Backbone:
+    """An encoder-decoder."""
+    return models[request.param]
+
+
+def test_a_passage_that_is_read_apart_pays_for_its_question_and_instruction(writer: Backbone) -> None:
+    together, apart = make(writer), make(writer, passages="apart")
+    for query, hits in zip(QUERIES, HITS, strict=True):
+        old, new = together.costs(query, hits), apart.costs(query, hits)
+        assert (new.fixed, new.limit) == (0, None)
+        assert new.passages == tuple(price and old.fixed + price for price in old.passages)
+        (context,) = GreedyPacker(apart, 200).pack([query], [hits])
+        prompts = apart.encode(context)
+        assert len(prompts) == len(context.hits)
+        assert sum(map(len, prompts)) == context.tokens <= 200
+
+
+def test_one_passage_apart_is_read_as_in_a_prompt_of_its_own(writer: Backbone) -> None:
+    hits = [found[:1] for found in HITS]
+    together, apart = make(writer), make(writer, passages="apart")
+    alone = together.generate(GreedyPacker(together, 200).pack(QUERIES, hits))
+    same = apart.generate(GreedyPacker(apart, 200).pack(QUERIES, hits))
+    for (one,), (other,) in zip(alone, same, strict=True):
+        assert one.raw == other.raw and one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+@torch.no_grad()
+def test_one_decoder_reads_the_states_of_passages_that_were_encoded_apart(writer: Backbone) -> None:
+    """Greedy decoding by plain forward passes over the states of unpadded prompts."""
+    reader = make(writer, passages="apart", batch_size=2)
+    (context,) = GreedyPacker(reader, 200).pack(QUERIES[:1], HITS[:1])
+    assert len(context.hits) > 2
+    (generation,) = reader.generate([context])[0]
+    encoder = writer.model.get_encoder()
+    states = [
+        encoder(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).last_hidden_state
+        for ids in reader.encode(context)
+    ]
+    encoded = (torch.cat(states, dim=1),)  # (1, T, D), of odqa-mini 2 D
+    written = [int(writer.model.generation_config.decoder_start_token_id)]
+    expected = 0.0
+    for _ in range(generation.tokens):
+        mask = torch.ones(1, encoded[0].shape[1])
+        logits = writer.model(
+            encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=torch.tensor([written])
+        ).logits[0, -1]
+        written.append(int(logits.argmax()))
+        expected += float(logits.log_softmax(-1).max())
+    assert generation.logprob == pytest.approx(expected, abs=1e-3)
+
+
+def test_every_passage_that_is_read_apart_has_a_say(writer: Backbone) -> None:
+    reader = make(writer, passages="apart")
+    whole, fewer = (GreedyPacker(reader, 200).pack(QUERIES[:1], [HITS[0][:n]]) for n in (2, 1))
+    assert reader.generate(whole)[0][0].logprob != pytest.approx(reader.generate(fewer)[0][0].logprob, abs=1e-3)
+
+
+def test_a_question_whose_passages_do_not_fit_is_read_alone(writer: Backbone) -> None:
+    reader = make(writer, passages="apart")
+    (context,) = GreedyPacker(reader, 200).pack(QUERIES[:1], [ranked(Passage("p", "the river " * 200))])
+    assert context.hits == () and context.tokens == reader.costs(QUERIES[0], ()).fixed > 0
+    assert reader.read([context])[0].query_id == "q-capital"
+
+
+def test_a_causal_model_cannot_read_apart(models: dict[str, Backbone]) -> None:
+    with pytest.raises(RecipeError, match=r"apart needs an encoder-decoder, and .* is a causal model"):
+        make(models["gpt2"], passages="apart")
+
+
+# Windows
+
+
+def test_each_window_is_a_prompt_of_its_own_and_all_are_paid_for(backbone: Backbone) -> None:
+    reader = make(backbone, beams=2, candidates=2)
+    contexts = GreedyPacker(reader, 140, windows=2).pack(QUERIES, HITS)
+    assert contexts[0].windows[-1] == 2
+    for context, generations in zip(contexts, reader.generate(contexts), strict=True):
+        assert sum(map(len, reader.encode(context))) == context.tokens
+        expected = []
+        for hits in context.by_window():
+            alone = GreedyPacker(reader, 200).pack([context.query], [hits])
+            assert alone[0].hits == hits
+            expected += reader.generate(alone)[0]
+        assert [one.raw for one in generations] == [one.raw for one in expected]
+
+
+def say(text: str, probability: float, tokens: int = 2) -> Generation:
+    return Generation(text, text, "end of text", tokens, math.log(probability))
+
+
+def joined(
+    monkeypatch: pytest.MonkeyPatch, reader: LmReader, *windows: list[Generation], passages: tuple[str, ...] = ()
+) -> Answer:
+    """The answer of a reader whose model writes these generations, one list a window."""
+    hits = tuple(ranked(*(Passage(f"p{at}", text) for at, text in enumerate(passages or ["x"] * len(windows)))))
+    context = PackedContext(QUERIES[0], "", hits, 0, 0, windows=tuple(range(1, len(hits) + 1)))
+    monkeypatch.setattr(reader, "generate", lambda contexts: [[one for window in windows for one in window]])
+    return reader.read([context])[0]
+
+
+def test_equal_answers_of_windows_add_up(models: dict[str, Backbone], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rome: 0.5 / 3 = 0.17. Paris: (0.3 + 0.4) / 3 = 0.23, written as where it is likelier.
+    reader = make(models["gpt2"])
+    answer = joined(monkeypatch, reader, [say("Paris", 0.3)], [say("Rome", 0.5)], [say("the paris", 0.4)])
+    assert answer.text == "the paris"
+    assert [candidate.text for candidate in answer.candidates] == ["the paris", "Rome"]
+    assert math.exp(answer.score) == pytest.approx(0.7 / 3)
+    assert [math.exp(candidate.logprob) for candidate in answer.candidates] == pytest.approx([0.7 / 3, 0.5 / 3])
+
+
+def test_the_mean_score_of_windows_is_that_of_the_joined_probability(
+    models: dict[str, Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = joined(monkeypatch, make(models["gpt2"], score="mean"), [say("a", 0.3, 5)], [say("a", 0.5, 4)])
+    assert answer.score == pytest.approx(math.log(0.4) / 4)
+
+
+def test_all_candidates_of_a_window_count_but_equal_ones_once(
+    models: dict[str, Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # b: (0.2 + 0.5) / 2 = 0.35 beats a: 0.6 / 2 = 0.3; the second a of the first window is the same text again.
+    reader = make(models["gpt2"], beams=3, candidates=3)
+    first = [say("a", 0.6), say("a", 0.15), say("b", 0.2)]
+    answer = joined(monkeypatch, reader, first, [say("b", 0.5), say("c", 0.1), say("d", 0.1)])
+    assert (answer.text, math.exp(answer.score)) == ("b", pytest.approx(0.35))
+
+
+def test_a_window_that_abstains_has_no_say_and_all_of_them_abstain(
+    models: dict[str, Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = make(models["gpt2"])
+    answer = joined(monkeypatch, reader, [say("", 0.9)], [say("Rome", 0.1)], [say("", 0.8)])
+    assert (answer.text, math.exp(answer.score)) == ("Rome", pytest.approx(0.1 / 3))
+    answer = joined(monkeypatch, reader, [say("", 0.9)], [say("", 0.5)])
+    assert (answer.text, answer.candidates, math.exp(answer.score)) == ("", (), pytest.approx(0.7))
+
+
+def test_an_answer_is_spelt_as_its_window_spells_it(
+    models: dict[str, Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ("Beyoncé has sung.", "She lives in São Paulo.")
+    windows = [say("beyonce", 0.6)], [say("sao paulo", 0.5)]
+    plain = joined(monkeypatch, make(models["gpt2"]), *windows, passages=texts)
+    assert [candidate.text for candidate in plain.candidates] == ["beyonce", "sao paulo"]
+    spelt = joined(monkeypatch, make(models["gpt2"], spelling="passage"), *windows, passages=texts)
+    assert [candidate.text for candidate in spelt.candidates] == ["Beyoncé", "São Paulo"]
+    assert [candidate.logprob for candidate in spelt.candidates] == [one.logprob for one in plain.candidates]
+
+
+def test_an_answer_that_only_a_title_has_is_spelt_as_there(models: dict[str, Backbone]) -> None:
+    reader = make(models["gpt2"], spelling="passage")
+    context = PackedContext(QUERIES[0], "", tuple(ranked(Passage("p", "She has sung.", "Beyoncé"))), 0, 0)
+    assert reader._answer(context, [say("beyonce", 0.5)]).text == "Beyoncé"
 
 
 # Padding and batches
@@ -211,7 +399,7 @@ def test_logprob_of_a_greedy_answer_is_that_of_a_plain_forward_pass(backbone: Ba
     reader = make(backbone)
     context = pack(reader)[0]
     (generation,) = reader.generate([context])[0]
-    prompt = torch.tensor([reader.encode(context)])
+    prompt = torch.tensor(reader.encode(context))
     causal = backbone.architecture == "causal"
     written: list[int] = []
     expected = 0.0
@@ -266,7 +454,7 @@ def test_samples_have_the_models_distribution(models: dict[str, Backbone]) -> No
     reader = make(backbone, sample=True, candidates=2000, max_new_tokens=1)
     context = pack(reader)[2]
     with torch.no_grad():
-        logits = backbone.model(input_ids=torch.tensor([reader.encode(context)])).logits[0, -1]
+        logits = backbone.model(input_ids=torch.tensor(reader.encode(context))).logits[0, -1]
     expected = logits.softmax(-1)
     logprobs = torch.tensor([generation.logprob for generation in reader.generate([context])[0]])
     for token in expected.topk(3).indices:
@@ -386,6 +574,8 @@ def test_probabilities_that_are_not_numbers_name_the_query(tmp_path: Path) -> No
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_k": -1}, "top_k is -1"),
         ({"score": "best"}, "sum or mean"),
+        ({"spelling": "title"}, "model or passage"),
+        ({"passages": "alone"}, "together or apart"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": 256}, "no room for a prompt"),
         ({"chat": True}, "no chat template"),

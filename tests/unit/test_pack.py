@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from odqa.errors import DataError
+from odqa.errors import DataError, RecipeError
 from odqa.pack import PRICED_AT_ONCE, GreedyPacker, show_passages
 from odqa.pack.duplicates import resemblance
 from odqa.pack.trim import GAP, SentenceTrimmer, term_weights
 from odqa.sentences import split_sentences
+from odqa.stages import Packer
 from odqa.types import Answer, Dropped, Hit, PackedContext, Passage, Query, TokenCosts
-from tests.unit.conformance_read import PackerConformance, ranked
+from tests.unit.conformance_read import HITS, QUERIES, PackerConformance, ranked
 
 QUESTION = Query("q", "who built it")
 
@@ -49,6 +50,18 @@ class TestReversedPackerConforms(PackerConformance):
     @pytest.fixture
     def make(self) -> Callable[[int], GreedyPacker]:
         return lambda budget: GreedyPacker(WordReader(), budget, 2, "reverse")
+
+
+class TestWindowPackerConforms(PackerConformance):
+    @pytest.fixture
+    def make(self) -> Callable[[int], GreedyPacker]:
+        return lambda budget: GreedyPacker(WordReader(limit=100), budget, windows=2)
+
+    def test_never_exceeds_the_share_of_a_window(self, make: Callable[[int], Packer]) -> None:
+        for context in make(60).pack(QUERIES, HITS):
+            for hits in context.by_window():
+                costs = WordReader(limit=100).costs(context.query, hits)
+                assert costs.fixed + sum(price or 0 for price in costs.passages) <= 30
 
 
 class TestTrimmingPackerConforms(PackerConformance):
@@ -176,6 +189,86 @@ def test_show_passages_of_nothing_is_empty() -> None:
 def test_sides_put_the_best_passages_at_both_ends() -> None:
     context = pack(100, *(passage(name, 2) for name in "abcde"), order="sides")
     assert kept(context) == "acedb"
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+def windows(context: PackedContext) -> list[str]:
+    return ["".join(hit.passage.id for hit in hits) for hits in context.by_window()]
+
+
+def test_a_passage_goes_into_the_first_window_that_has_room() -> None:
+    # Two windows of 16 with a question of 3 each. a (6) and b (6) fill the first to 15; c (8) opens the second; d (5)
+    # is too long for the 1 left in the first and makes the second 16; e (2) fits nowhere.
+    passages = (passage("a", 5), passage("b", 5), passage("c", 7), passage("d", 4), passage("e", 1))
+    context = pack(32, *passages, reader=WordReader(limit=100), windows=2)
+    assert windows(context) == ["ab", "cd"]
+    assert context.windows == (1, 1, 2, 2)
+    assert (context.tokens, context.budget) == (15 + 16, 32)
+    assert [drop.passage_id for drop in context.dropped] == ["e"]
+
+
+def test_a_later_passage_may_fill_an_earlier_window() -> None:
+    # Windows of 12: a (6) leaves 3 in the first, b (8) opens the second, c (3) goes back into the first.
+    context = pack(24, passage("a", 5), passage("b", 7), passage("c", 2), reader=WordReader(limit=100), windows=2)
+    assert windows(context) == ["ac", "b"]
+    assert context.ranks == (1, 3, 2)
+
+
+def test_each_window_is_no_longer_than_the_readers() -> None:
+    context = pack(1000, *(passage(name, 4) for name in "abc"), reader=WordReader(limit=8), windows=2)
+    assert windows(context) == ["a", "b"]
+    assert context.tokens == 16
+
+
+def test_the_order_is_kept_within_a_window() -> None:
+    context = pack(26, *(passage(name, 4) for name in "abcd"), reader=WordReader(limit=100), windows=2, order="reverse")
+    assert windows(context) == ["ba", "dc"]
+    assert context.ranks == (2, 1, 4, 3)
+
+
+def test_a_window_that_nothing_is_left_for_costs_nothing() -> None:
+    context = pack(100, passage("a", 4), reader=WordReader(limit=100), windows=4)
+    assert (windows(context), context.tokens) == (["a"], 3 + 5)
+
+
+def test_the_context_shows_the_windows_one_after_the_other() -> None:
+    context = pack(20, passage("a", 4), passage("b", 4), reader=WordReader(limit=100), windows=2)
+    assert context.text == "a a a a\n\nb b b b"
+
+
+def test_one_window_is_as_no_window() -> None:
+    passages = [passage(name, 4) for name in "abcd"]
+    assert pack(16, *passages, windows=1) == pack(16, *passages)
+    assert pack(16, *passages).windows == ()
+
+
+def test_a_question_longer_than_its_share_of_the_budget_is_told() -> None:
+    with pytest.raises(DataError, match="takes 3 tokens with its prompt, the budget is 8 for 4 windows"):
+        pack(8, passage("a", 1), reader=WordReader(limit=100), windows=4)
+
+
+def test_a_reader_that_sees_passages_apart_has_no_windows() -> None:
+    with pytest.raises(RecipeError, match="sees every passage apart already"):
+        pack(100, passage("a", 1), windows=2)
+    with pytest.raises(ValueError, match="windows is 0"):
+        GreedyPacker(WordReader(), 100, windows=0)
+
+
+def test_a_reader_of_passages_apart_still_pays_for_a_question_alone() -> None:
+    class Apart(WordReader):
+        """Charges the question with every passage; without one, the question."""
+
+        def costs(self, query: Query, hits: Sequence[Hit]) -> TokenCosts:
+            together = super().costs(query, hits)
+            prices = (price and together.fixed + price for price in together.passages)
+            return TokenCosts(0 if hits else together.fixed, tuple(prices), None)
+
+    assert pack(100, passage("a", 4), passage("b", 2), reader=Apart()).tokens == 8 + 6
+    assert pack(5, passage("a", 4), reader=Apart()).tokens == 3  # it does not fit: the question is read alone
+    with pytest.raises(DataError, match="question alone takes 3 tokens"):
+        pack(2, passage("a", 1), reader=Apart())
 
 
 # --- near duplicates --------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The pipeline's order of stages, its passes, and what it writes down, with stages that are a few lines each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -108,6 +108,16 @@ def test_the_reranker_decides_what_is_packed() -> None:
     assert pack.ids == ("p-c", "p-b") and pack.tokens == (10, 10)
     assert pack.notes == {"tokens": 20, "budget": 20, "dropped": {"does not fit": ["p-a"]}}
     assert read.ids == () and trace.answer.text == "p-c p-b"
+
+
+def test_the_trace_of_packing_says_which_window_a_passage_is_in() -> None:
+    class TwoWindows(PackTwo):
+        def pack(self, queries: Sequence[Query], hits: Sequence[Sequence[Hit]]) -> list[PackedContext]:
+            return [replace(one, windows=tuple(range(1, len(one.hits) + 1))) for one in super().pack(queries, hits)]
+
+    (trace,) = answer([Query("q", "a b")], packer=TwoWindows())
+    (pack,) = [step for step in trace.steps if step.stage == "pack"]
+    assert pack.notes["windows"] == [1, 2]
 
 
 def test_closed_book_is_the_pipeline_without_a_retriever() -> None:

@@ -48,6 +48,31 @@ def test_t5_prompt_is_worded_as_in_its_training_data() -> None:
     assert prompt.text("Who?", [NAMELESS]).rstrip() == "question: Who? context: It lies on the Tiber."
 
 
+@pytest.mark.parametrize("question", ["Which river?", "what is { it }", "who's who in 1990s naïve art"])
+def test_odqa_minis_prompt_has_the_very_tokens_of_its_pre_training(question: str) -> None:
+    from transformers import AutoTokenizer
+
+    from odqa.lm.tasks import reading_parts
+    from odqa.models import MINILM, embedded_folder
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder(MINILM))
+    passage = Passage("9", "It lies on the Seine, {so} they say (1,000 years).", "Paris: a city")
+    prompt = Prompt(TEMPLATES["odqa-mini"])
+    pieces = [*prompt.before(question), prompt.passage(passage), *prompt.after(question)]
+    apart = [tokenizer(piece.text, add_special_tokens=False)["input_ids"] for piece in pieces]
+    trained = " ".join(reading_parts(question, passage))
+    assert prompt.text(question, [passage]).rstrip() == trained
+    assert [token for ids in apart for token in ids] == tokenizer(trained, add_special_tokens=False)["input_ids"]
+
+
+def test_odqa_minis_prompt_repeats_the_wording_of_a_passage() -> None:
+    prompt = Prompt(TEMPLATES["odqa-mini"])
+    assert prompt.text("Which river?", [PARIS, NAMELESS]).rstrip() == (
+        "Answer the question from the passage. Question: Which river? "
+        "Passage: Paris. It lies on the Seine. Passage: It lies on the Tiber."
+    )
+
+
 def test_demonstrations_stand_before_the_question_with_their_passage() -> None:
     shown = Demonstration("Where is Rome?", "Italy", NAMELESS), Demonstration("One and one?", "two")
     text = Prompt(PromptTemplate("bare"), shown).text("Who?", [PARIS])

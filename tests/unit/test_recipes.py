@@ -135,12 +135,17 @@ k: many
         ("retriver=null", "retriver is not a setting of pipeline"),
         (
             "packer.bugdet=5",
-            "packer.bugdet is not a setting of packer (budget, max_passages, order, duplicates, resemblance, trim).",
+            "packer.bugdet is not a setting of packer (budget, windows, max_passages, order, duplicates, resemblance, "
+            "trim).",
         ),
         ("reader.kind=lm", None),  # a model is all that it needs
         ("index=null", "a hybrid retriever needs an index. Name one under index."),
+        ("packer.windows=2", "packer.windows is 2, but this reader sees every passage apart. Set windows: 1."),
         ("retriever.weights=[1]", "retriever.weights.1 is missing."),
-        ("reranker={kind: cross}", "reranker.kind is 'cross'; expected one of cross-encoder, scores, cascade."),
+        (
+            "reranker={kind: cross}",
+            "reranker.kind is 'cross'; expected one of cross-encoder, question-likelihood, scores, cascade.",
+        ),
         ("reranker={kind: scores, rum: x, run: y}", "reranker.rum is not a setting of scores (kind, run, tag, depth)."),
         ("reranker={kind: cascade, stages: [{kind: scores, run: x}]}", "reranker.stages is [{'kind': 'scores',"),
         (
@@ -389,6 +394,7 @@ def _pairs() -> dict[str, tuple[type[config.Settings], Any, set[str]]]:
     from odqa.read.span import SpanReader
     from odqa.read.train import GroupSettings
     from odqa.rerank.cross import CrossEncoderReranker
+    from odqa.rerank.likelihood import QuestionLikelihoodReranker
     from odqa.retrieve.bm25 import Analyzer, Bm25Settings
     from odqa.retrieve.dense import EncoderSettings
     from odqa.retrieve.index import HybridRetriever
@@ -402,6 +408,7 @@ def _pairs() -> dict[str, tuple[type[config.Settings], Any, set[str]]]:
         "dense": (config.Dense, EncoderSettings, {"vectors", "question_model"}),
         "vectors": (config.Vectors, VectorSettings, {"search"}),
         "cross-encoder": (config.CrossEncoder, CrossEncoderReranker, {"model"}),
+        "likelihood": (config.QuestionLikelihood, QuestionLikelihoodReranker, {"model", "load_options"}),
         "packer": (config.PackerSettings, GreedyPacker, {"budget"}),
         "span": (config.SpanReaderSettings, SpanReader, backbone | {"backbone"}),
         "lm": (

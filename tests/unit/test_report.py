@@ -200,6 +200,14 @@ def test_a_comparison_shows_the_paired_difference_and_what_changed() -> None:
 # --- one question -----------------------------------------------------------------------------------------------------
 
 
+def test_evidence_says_in_which_window_a_passage_was_read() -> None:
+    trace = a_trace()
+    trace = replace(trace, contexts=(replace(trace.contexts[0], windows=(1, 2)),))
+    lines = evidence(trace).splitlines()
+    assert "packed 2 passages in 2 windows, 95 of 128 tokens" in lines
+    assert "1. Italy  [p1, bm25 2.5, 40 tokens, window 1]" in lines
+
+
 def test_evidence_marks_the_answer_in_the_packed_passages_and_ends_with_the_times() -> None:
     text = evidence(a_trace())
     lines = text.splitlines()

@@ -57,6 +57,14 @@ def make_trace(query_id: str, *, seconds: float = 0.25, text: str = "Zürich") -
     )
 
 
+def test_windows_survive_json_and_a_context_without_them_says_nothing() -> None:
+    trace = make_trace("q")
+    split = replace(trace, contexts=(replace(trace.contexts[0], windows=(1, 2)), trace.contexts[1]))
+    first, second = trace_to_json(split)["contexts"]
+    assert first["windows"] == [1, 2] and "windows" not in second
+    assert trace_from_json(json.loads(json.dumps(trace_to_json(split)))).contexts == split.contexts
+
+
 def short_trace(query_id: str) -> Trace:
     """Few bytes to cut through, some of them inside a character."""
     return Trace(Query(query_id, "wo?"), (Step("read", 1, 0.5, 2),), (Answer(query_id, "Zürich", -0.5),))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from odqa.text import (
     answer_spans,
+    as_written,
     broken_patterns,
     exact_match,
     f1,
@@ -239,3 +240,45 @@ def _is_reordered(prediction: str, answers: list[str]) -> bool:
     """F1 ignores order: "b a" against "a b" is 1.0 without being an exact match."""
     words = sorted(normalize_answer(prediction).split())
     return any(sorted(normalize_answer(answer).split()) == words for answer in answers)
+
+
+# --- as the passage writes it -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "passage", "written"),
+    [
+        ("beyonce", "In 2003 Beyoncé sang.", "Beyoncé"),
+        ("1 , 000", "There were 1,000 of them.", "1,000"),
+        ("u . s .", "the U.S. of old", "U.S."),
+        ("sao paulo", "in S\u00e3o\nPaulo", "S\u00e3o\nPaulo"),
+        ("sao paulo", "in Sa\u0303o Paulo", "Sa\u0303o Paulo"),  # decomposed
+        ("istanbul", "\u0130stanbul", "\u0130stanbul"),  # its lower case is an i and a mark
+        ("rock ' n ' roll", "Rock 'n' roll!", "Rock 'n' roll"),
+        ("10", "In 2010, 10 came.", "10"),
+        ("Paris", "nothing of it", "Paris"),
+        ("", "text", ""),
+        ("paris", "", "paris"),
+        ("\u0301", "text", "\u0301"),  # nothing but a mark
+    ],
+)
+def test_a_text_is_written_as_the_passage_writes_it(text: str, passage: str, written: str) -> None:
+    assert as_written(text, [passage]) == written
+
+
+def test_the_first_passage_that_has_a_text_writes_it() -> None:
+    assert as_written("new york", ["Old York", "NEW YORK", "New York"]) == "NEW YORK"
+    assert as_written("new york", []) == "new york"
+
+
+def test_a_text_inside_of_a_word_is_not_that_text() -> None:
+    assert as_written("art", ["Partisan ARTS and Art"]) == "Art"
+    assert as_written("art", ["Partisan"]) == "art"
+
+
+@given(st.text(), st.text(min_size=1), st.text())
+def test_what_is_written_is_in_the_passage_or_the_text_itself(before: str, text: str, after: str) -> None:
+    passage = f"{before} {text} {after}"
+    written = as_written(text, [passage])
+    assert written in passage
+    assert as_written(written, [passage]) == written

@@ -1,0 +1,189 @@
+"""Training a method for the frozen language model of a reader: contexts as the pipeline packs them, answers as targets.
+
+As in the frozen reader of arXiv 2204.10019, the method learns on what it will really see: a training question's mined
+ranking is packed by the pipeline's own packer into the reader's own prompt, to the token. Which question comes when
+depends on the seed alone. The loop is `odqa.frozen.fit`; nothing here reads a dev file.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from odqa.artifacts import Draft
+from odqa.corpus.examples import Example
+from odqa.errors import DataError
+from odqa.frozen.backbone import fingerprint
+from odqa.frozen.finetuning import FineTuning
+from odqa.frozen.fit import FitSettings, fit
+from odqa.frozen.method import Method
+from odqa.read.lm import LmReader
+from odqa.runtime import peak_memory_bytes
+from odqa.stages import Packer
+from odqa.text import as_written, exact_match, f1, has_answer
+from odqa.types import Gold, Hit, PackedContext, Query
+
+KIND = "method"
+CHECKPOINT = "checkpoint.safetensors"
+Targets = tuple[list[list[int]], list[list[int]]]  # prompts and answers
+
+
+@dataclass(frozen=True, slots=True)
+class ContextSettings:
+    """Training batches: `questions` a batch out of `examples` drawn ones (None: all).
+
+    `source_weights` is what a source's questions weigh in the draw and in an epoch (1 if not named). A context that
+    holds no answer gets the question's own passage in the place of its last one. Values are our choice.
+    """
+
+    questions: int = 16
+    examples: int | None = None
+    source_weights: Mapping[str, float] | None = None
+    seed: int = 0
+
+
+class ContextBatches:
+    """`batches(i)`: token ids of the prompts and of the answers of the i-th batch."""
+
+    def __init__(
+        self, reader: LmReader, packer: Packer, examples: Sequence[Example], settings: ContextSettings
+    ) -> None:
+        usable = [example for example in examples if example.answers]
+        if not usable:
+            raise DataError("training: no example has an answer.")
+        self.reader, self.packer, self.settings = reader, packer, settings
+        rng = np.random.default_rng([settings.seed, 0])
+        weights = np.array([(settings.source_weights or {}).get(example.source, 1.0) for example in usable])
+        if not weights.any():
+            raise DataError("training: source_weights leave no example.")
+        count = min(settings.examples or len(usable), int(np.count_nonzero(weights)))
+        chosen = rng.choice(len(usable), count, replace=False, p=weights / weights.sum())
+        self.examples = [usable[number] for number in chosen]
+        self.per_epoch = max(1, count // settings.questions)
+        self._kept: dict[int, tuple[list[int], list[int]]] = {}
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __call__(self, index: int) -> Targets:
+        epoch, place = divmod(index, self.per_epoch)
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.settings.seed, 1, epoch])
+            self._epoch, self._order = epoch, rng.permutation(len(self.examples))
+        size = self.settings.questions
+        pairs = [self.encoded(number) for number in self._order[place * size : (place + 1) * size].tolist()]
+        return [source for source, _ in pairs], [target for _, target in pairs]
+
+    def encoded(self, number: int) -> tuple[list[int], list[int]]:
+        """Prompt and answer of one example as token ids; remembered."""
+        if number not in self._kept:
+            example = self.examples[number]
+            context = self.context(example)
+            answer = next((a for a in example.answers if holds(context, (a,))), example.answers[0])
+            # Of several windows one that has the answer: the others have nothing to learn it from.
+            prompts, windows = self.reader.encode(context), context.by_window()
+            texts = [[hit.passage.text for hit in window] for window in windows]
+            best = next((n for n, window in enumerate(texts) if any(has_answer(t, (answer,)) for t in window)), 0)
+            self._kept[number] = prompts[best], self.reader.encode_answer(as_written(answer, texts[best]))
+        return self._kept[number]
+
+    def context(self, example: Example) -> PackedContext:
+        """The example's ranking as the packer packs it, with its own passage put in if none of them has the answer."""
+        query = Query(example.id, example.question)
+        ranking = example.ranking or (example.passage, *example.negatives)
+        hits = [Hit(passage, -float(rank), "mined") for rank, passage in enumerate(ranking)]
+        (context,) = self.packer.pack([query], [hits])
+        if holds(context, example.answers):
+            return context
+        kept = [hit for hit in context.hits if hit.passage.id != example.passage.id]
+        # Without the last one or two: the own passage may be longer than what it takes the place of.
+        for left in range(max(len(kept) - 1, 0), -1, -1):
+            restored = [*kept[:left], Hit(example.passage, -float(left), "gold")]
+            (context,) = self.packer.pack([query], [restored])
+            if holds(context, example.answers):
+                return context
+        return context
+
+
+def holds(context: PackedContext, answers: Sequence[str]) -> bool:
+    """Whether a packed passage has one of the answers."""
+    return any(has_answer(hit.passage.text, answers) for hit in context.hits)
+
+
+@dataclass(frozen=True, slots=True)
+class TuneSet:
+    """Questions to measure on while training, packed once."""
+
+    contexts: Sequence[PackedContext]
+    gold: Sequence[Gold]
+
+    @classmethod
+    def pack(cls, packer: Packer, questions: Sequence[tuple[Query, Gold]], hits: Sequence[Sequence[Hit]]) -> "TuneSet":
+        return cls(packer.pack([query for query, _ in questions], hits), [gold for _, gold in questions])
+
+    def scores(self, reader: LmReader) -> dict[str, float]:
+        """Mean EM and F1, 0 to 100."""
+        answers = reader.read(self.contexts)
+        pairs = [(answer.text, gold.answers) for answer, gold in zip(answers, self.gold, strict=True)]
+        return {
+            "em": round(100 * sum(exact_match(text, gold) for text, gold in pairs) / len(pairs), 1),
+            "f1": round(100 * sum(f1(text, gold) for text, gold in pairs) / len(pairs), 1),
+        }
+
+
+def train_method(
+    reader: LmReader,
+    method: Method,
+    batches: ContextBatches,
+    tune: Mapping[str, TuneSet],
+    draft: Draft,
+    fit_settings: FitSettings,
+    *,
+    stored: torch.dtype = torch.float32,
+    log: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Train `method` on the reader's frozen model into `draft`: the method's files, and curve.json.
+
+    Scores on tune are the mean over the sets as "tune.em", and each set's own. Resumes from the checkpoint in `draft`
+    (declare `CHECKPOINT` as scratch). Raises AssertionError if a weight of the frozen model changed.
+    """
+    backbone = reader.backbone
+    before = fingerprint(backbone.model)
+    log(f"{len(batches.examples)} questions, {batches.per_epoch} batches an epoch")
+    method.attach(backbone)
+
+    def evaluate() -> dict[str, float]:
+        with torch.autocast(backbone.device.type, torch.bfloat16, enabled=fit_settings.autocast):
+            found = {name: chosen.scores(reader) for name, chosen in tune.items()}
+        mean = {f"tune.{m}": round(sum(s[m] for s in found.values()) / len(found), 2) for m in ("em", "f1")}
+        return mean | {f"{name}.{metric}": value for name, scores in found.items() for metric, value in scores.items()}
+
+    def loss(batch: Targets) -> torch.Tensor:
+        return backbone.loss(*batch)
+
+    count = method.count(backbone)
+    try:
+        result = fit(
+            {"method": method},
+            batches,
+            loss,
+            fit_settings,
+            checkpoint=draft.path / CHECKPOINT,
+            evaluate=evaluate if tune else None,
+            log=log,
+        )
+        method.save(draft.path, dtype=stored)
+    finally:
+        method.detach()
+    if fingerprint(backbone.model) != before:
+        raise AssertionError(f"the frozen weights of {backbone.name} have changed")
+    curve = [{key: value for key, value in entry.items() if key != "seconds"} for entry in result.curve]
+    draft.write_json("curve.json", curve)
+    draft.counts |= {
+        "trainable": count.trainable,
+        "frozen": 0 if isinstance(method, FineTuning) else count.frozen,
+        "examples": len(batches.examples),
+        "questions_seen": curve[-1]["step"] * fit_settings.accumulate * batches.settings.questions,
+    }
+    draft.extra["backbone"] = {"name": backbone.name, "fingerprint": backbone.fingerprint}
+    draft.extra["warnings"] = result.warnings
+    draft.measured |= {"training_seconds": round(result.seconds, 1), "peak_memory_bytes": peak_memory_bytes()}
