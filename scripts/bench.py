@@ -42,7 +42,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 
 _ROOT = Path(__file__).resolve().parent.parent
 _RESULTS = _ROOT / "eval" / "results"
-_RERANKER = "embedded:reranker-1"
+_RERANKER = "embedded:reranker-2"
 _PEER = "sentence-transformers"
 _FLAGS = {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"}  # those that decide the speed
 

@@ -25,7 +25,7 @@ CUTS = (1, 3, 5)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", default="odqa/assets/reranker-1")
+    parser.add_argument("--model", default="odqa/assets/reranker-2")
     parser.add_argument("--limit", type=int, default=400, help="questions of squad_tune")
     parser.add_argument("--depth", type=int, default=50, help="hits scored a question")
     parser.add_argument("--out", type=Path, default=Path("eval/results/reranker-on-tune"), help="OUT.json is written")

@@ -63,7 +63,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
     folder = tmp_path_factory.mktemp("readme")
     shutil.copy(ASSETS / "collection.xml.bz2", folder / "FILE.xml.bz2")
     shutil.copytree(ASSETS / "span-reader-1", folder / "my-reader")
-    shutil.copytree(ASSETS / "reranker-1", folder / "my-reranker")
+    shutil.copytree(ASSETS / "reranker-2", folder / "my-reranker")
     data = folder / "data" / "nq-mini"
     data.mkdir(parents=True)
     articles = read_articles(folder / "FILE.xml.bz2")
