@@ -5,13 +5,14 @@ input (one line says what). Imports that take time happen inside the commands: `
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from odqa.errors import DataError, OdqaError
+from odqa.errors import DataError, OdqaError, RecipeError
 
 if TYPE_CHECKING:
     from odqa.jobs import EvaluationResult
@@ -219,16 +220,42 @@ def mine(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A training recipe, such as pipelines/span-reader-lora.yaml.")],
-    out: Annotated[Path | None, typer.Option(help="The artifact folder [artifacts/RECIPE].")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The artifact folder [artifacts/RECIPE; with --sweep artifacts/RECIPE-sweep].")
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATES",
+            help="Compare learning rates (0.01,0.03,0.1; around: five around the recipe's) of a generative reader's "
+            "method on tune.",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="With --sweep: steps of each training [a quarter of the recipe's].")
+    ] = None,
     data: Data = None,
     artifacts: Artifacts = None,
     changes: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Train a reader's or re-ranker's small part; resumes after a kill."""
+    """Train a reader's or re-ranker's small part; resumes after a kill.
+
+    The artifact has the loss and the tune scores on the way: curve.json, and with matplotlib curve.svg. With --sweep
+    learning rates are compared by short trainings, into RECIPE-sweep; RECIPE's own artifact is not touched.
+    """
     from odqa import training
 
-    made = training.train(recipe, places=_places(data, artifacts), out=out, changes=changes or (), log=_log)
+    places = _places(data, artifacts)
+    if steps is not None and sweep is None:
+        raise RecipeError("--steps goes with --sweep. For a whole training: --set fit.steps=N.")
+    if sweep is not None:
+        swept = training.sweep(
+            recipe, _rates(sweep), steps=steps, places=places, out=out, changes=changes or (), log=_log
+        )
+        _report_sweep(swept.path, as_json)
+        return
+    made = training.train(recipe, places=places, out=out, changes=changes or (), log=_log)
     if as_json:
         _print_json({"path": str(made.path), "manifest": dict(made.manifest)})
     else:
@@ -301,6 +328,30 @@ def _report(result: "EvaluationResult", save: Path | None, as_json: bool) -> Non
     _print_json(result.to_json()) if as_json else _print(result.render())
     if not result.ok:
         raise typer.Exit(1)
+
+
+def _rates(text: str) -> list[float]:
+    """What --sweep says; none for "around"."""
+    if text == "around":
+        return []
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate < math.inf for rate in rates):
+        raise RecipeError(f"--sweep {text}: expected learning rates above 0 such as 0.01,0.03,0.1, or around.")
+    return rates
+
+
+def _report_sweep(folder: Path, as_json: bool) -> None:
+    found = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    if as_json:
+        _print_json({"path": str(folder), **found})
+        return
+    for rate, score in sorted(found["scores"].items(), key=lambda item: float(item[0])):
+        is_best = rate == f"{found['best']:g}"
+        _print(f"{rate:>8}  {'diverged' if score is None else f'{score:.1f}'}{'  best' if is_best else ''}")
+    _print(f"{found['metric']} after {found['steps']} steps: {folder / 'sweep.json'}")
 
 
 def _trace_json(trace: "Trace") -> dict[str, Any]:

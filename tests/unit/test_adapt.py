@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from odqa.artifacts import building, load_artifact
+from odqa.artifacts import Draft, building, load_artifact
 from odqa.corpus.examples import Example
 from odqa.errors import DataError
 from odqa.frozen.fit import FitSettings
@@ -133,6 +133,17 @@ def test_training_lowers_the_loss_leaves_the_model_alone_and_resumes(model: Path
     assert (parts / "method.safetensors").read_bytes() == (whole / "method.safetensors").read_bytes()
     manifest = load_artifact(whole).manifest
     assert manifest["counts"]["questions_seen"] == 80 and manifest["backbone"]["name"] == str(model)
+
+
+def test_a_training_that_diverges_gives_the_model_back(model: Path, tmp_path: Path) -> None:
+    reader = reader_of(model)
+    batches = ContextBatches(reader, GreedyPacker(reader, budget=200), EXAMPLES, ContextSettings(questions=4))
+    method = create_method("prompt-tuning", reader.backbone, length=3)
+    # Weight decay multiplies by 1 - 1e37 a step: the prompt is infinite after the second one.
+    fit = FitSettings(steps=4, learning_rates={"method": 1e37}, weight_decay=1.0, autocast=False)
+    with pytest.raises(DataError, match="the loss is nan at step 2"):
+        train_method(reader, method, batches, {}, Draft(tmp_path), fit)
+    assert not method.is_attached
 
 
 def test_a_reader_with_a_method_answers_otherwise_and_keeps_room_for_it(model: Path, tmp_path: Path) -> None:

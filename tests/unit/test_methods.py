@@ -17,7 +17,7 @@ from odqa.frozen.method import Method, create_method, load_method
 from odqa.frozen.peft_format import load_peft, save_peft
 from odqa.frozen.prefix import prefix_of_prompt
 from odqa.frozen.prompt_tuning import PromptTuning
-from tests.tiny_models import tiny_bert2bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.tiny_models import tiny_bert2bert, tiny_gpt2, tiny_llama, tiny_odqa_mini, tiny_t5
 
 SOURCES = [[41, 42, 43, 44, 45, 46, 47], [51, 52, 53], [61, 62, 63, 64, 65]]
 TARGETS = [[71, 72, 73], [74, 75], [76]]
@@ -56,6 +56,13 @@ KINDS = {
         32,
         2 * (12 * (SQUARE,) + 2 * (UP, DOWN)),
         ("encoder.pooler",),
+    ),
+    "odqa-mini": Kind(
+        tiny_odqa_mini,
+        "seq2seq",
+        {"encoder": 2, "decoder": 2, "cross": 2},
+        32,
+        2 * (12 * (SQUARE,) + 2 * (UP, DOWN)),  # not the maps behind the layers: output, pointer, gate
     ),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -374,7 +381,7 @@ def test_a_prompt_takes_no_room_from_the_text_of_a_bert(folders: dict[str, Path]
 
 
 @pytest.mark.parametrize("name", ["prompt-tuning", "prefix-tuning"])
-@pytest.mark.parametrize("kind", ["t5", "bert2bert"])
+@pytest.mark.parametrize("kind", ["t5", "bert2bert", "odqa-mini"])
 def test_sources_that_were_encoded_apart_can_be_read_together(kind: str, name: str, folders: dict[str, Path]) -> None:
     backbone = load(kind, folders)
     make(name, kind, backbone).attach(backbone)
