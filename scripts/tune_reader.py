@@ -28,7 +28,7 @@ SCORE_PRIORS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--readers", nargs="+", default=["odqa/assets/span-reader-1", "odqa/assets/span-reader-2"])
+    parser.add_argument("--readers", nargs="+", default=["odqa/assets/span-reader-1", "odqa/assets/span-reader-3"])
     parser.add_argument("--limit", type=int, default=300, help="questions of squad_tune")
     parser.add_argument("--budget", type=int, default=512)
     parser.add_argument("--out", type=Path, default=Path("eval/results/reader-on-tune"), help="OUT.json is written")
