@@ -30,7 +30,14 @@ def embedded_folder(name: str) -> Path | None:
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise MissingExtra(f"The model {name}", package.replace("_", "-"), None)
-    return Path(spec.submodule_search_locations[0]) / folder
+    path = Path(spec.submodule_search_locations[0]) / folder
+    if not path.is_dir():
+        own = path.name
+        raise DataError(
+            f"{name!r} is not in this version of odqa. Train it with: odqa train pipelines/{own}.yaml --data DIR, and "
+            f"name artifacts/{own} instead."
+        )
+    return path
 
 
 def identify_model(name: str, folder: Path | None) -> str:

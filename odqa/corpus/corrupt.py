@@ -41,13 +41,16 @@ _PAIRS = (
 _OPPOSITE = {a: b for pair in _PAIRS.split("|") for a, b in (pair.split(), reversed(pair.split()))}
 
 
+Rule = Callable[[str, str, Sequence[str], np.random.Generator], str | None]
+
+
 def corrupt(question: str, passage: str, answers: Sequence[str], rng: np.random.Generator) -> str | None:
     """The question with one thing changed so that `passage` should no longer answer it; None if no rule applies.
 
     Names, numbers and nouns are replaced by others of the passage that are not an answer, so that the words of the new
     question still stand there. Which rule is used, and with what, `rng` draws.
     """
-    rules: list[Callable[..., str | None]] = [_name, _number, _noun, _antonym, _negation]
+    rules: list[Rule] = [_name, _number, _noun, _antonym, _negation]
     # Tried in this order of chance: entities are what people change most.
     chances = np.array([0.3, 0.2, 0.2, 0.2, 0.1])
     for number in rng.choice(len(rules), size=len(rules), replace=False, p=chances):
@@ -120,8 +123,8 @@ def _replace(
 ) -> str | None:
     if not found or not others:
         return None
-    match = found[rng.integers(len(found))]
-    return question[: match.start()] + others[rng.integers(len(others))] + question[match.end() :]
+    match, other = found[int(rng.integers(len(found)))], others[int(rng.integers(len(others)))]
+    return question[: match.start()] + other + question[match.end() :]
 
 
 def _starts_sentence(text: str, at: int) -> bool:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from odqa import models
 from odqa.artifacts import building, load_artifact
 from odqa.errors import ArtifactError, DataError
 from odqa.models import identify_model
@@ -56,3 +57,9 @@ def test_a_hub_name_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.M
     assert identify_model("owner/name", None) == f"owner/name@{COMMIT}"
     with pytest.raises(DataError, match="'owner/other': no such folder here, and the hub"):
         identify_model("owner/other", None)
+
+
+def test_an_embedded_model_that_is_not_shipped_names_its_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models._EMBEDDED, "embedded:none-1", ("odqa", "assets/none-1"))
+    with pytest.raises(DataError, match=r"odqa train pipelines/none-1\.yaml"):
+        models.embedded_folder("embedded:none-1")
