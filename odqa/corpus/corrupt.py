@@ -53,8 +53,8 @@ def corrupt(question: str, passage: str, answers: Sequence[str], rng: np.random.
     rules: list[Rule] = [_name, _number, _noun, _antonym, _negation]
     # Tried in this order of chance: entities are what people change most.
     chances = np.array([0.3, 0.2, 0.2, 0.2, 0.1])
-    for number in rng.choice(len(rules), size=len(rules), replace=False, p=chances).tolist():
-        changed = rules[number](question, passage, answers, rng)
+    for number in rng.choice(len(rules), size=len(rules), replace=False, p=chances):
+        changed = rules[int(number)](question, passage, answers, rng)
         if changed is not None:
             return changed
     return None
