@@ -199,7 +199,7 @@ class RerankerConformance:
         apart = [reranker.rerank([query], [hits])[0] for query, hits in zip(QUERIES, HITS, strict=True)]
         for one, other in zip(together, apart, strict=True):
             assert [hit.passage.id for hit in one] == [hit.passage.id for hit in other]
-            assert [hit.score for hit in one] == pytest.approx([hit.score for hit in other], abs=1e-4)
+            assert [hit.score for hit in one] == pytest.approx([hit.score for hit in other], rel=1e-5, abs=1e-4)
 
     def test_the_incoming_scores_do_not_matter(self, reranker: Reranker) -> None:
         other = [[Hit(hit.passage, 7.0, "elsewhere") for hit in hits] for hits in HITS]
