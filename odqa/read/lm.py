@@ -29,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from odqa.errors import DataError, RecipeError
 from odqa.frozen.backbone import Backbone, frozen_guard, load_backbone
+from odqa.frozen.layout import pad_rows
 from odqa.frozen.method import Method
 from odqa.models import is_encoder_decoder
 from odqa.read.prompts import AnswerRules, Demonstration, Messages, Piece, Prompt, PromptTemplate, find_template
@@ -200,7 +201,7 @@ class LmReader:
         self._frame = lru_cache(maxsize=_FRAMES)(self._encode_frame)
         # A conversation brings its own special tokens.
         self._prefix, self._suffix = ([], []) if chat else _special_tokens(backbone)
-        self._ends = _end_tokens(backbone)
+        self._ends = backbone.end_tokens()
         unknown = {backbone.tokenizer.unk_token_id} - self._ends  # stands for rare characters in data
         self._reserved = frozenset(backbone.tokenizer.all_special_ids) - unknown
 
@@ -394,7 +395,7 @@ class LmReader:
     def _prompts(self, sources: Sequence[_Source]) -> dict[str, Any]:
         """Token ids and mask of sources with one prompt each: (rows, T)."""
         left = self.backbone.architecture == "causal"
-        ids, mask = _pad([source.prompts[0] for source in sources], self._padding(), left=left)
+        ids, mask = pad_rows([source.prompts[0] for source in sources], self._padding(), "left" if left else "right")
         return {"input_ids": self._rows(ids), "attention_mask": self._rows(mask)}
 
     def _encode_apart(self, sources: Sequence[_Source]) -> dict[str, Any]:
@@ -547,18 +548,6 @@ def _token_logprobs(tokens: torch.Tensor, logits: Sequence[torch.Tensor], beams:
     return torch.cat(columns, dim=1)
 
 
-def _pad(rows: Sequence[Sequence[int]], padding: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, (rows, longest) each: 1 where there is text."""
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), padding)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        place = slice(longest - len(row), longest) if left else slice(0, len(row))
-        ids[number, place] = torch.tensor(row)
-        mask[number, place] = 1
-    return ids, mask
-
-
 def _chunks(items: Sequence[T], size: int) -> Iterator[list[T]]:
     for start in range(0, len(items), size):
         yield list(items[start : start + size])
@@ -590,13 +579,6 @@ def _special_tokens(backbone: Backbone) -> tuple[list[int], list[int]]:
     start = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
     behind = whole[start + len(bare) :] if backbone.architecture == "seq2seq" else []
     return whole[:start], behind
-
-
-def _end_tokens(backbone: Backbone) -> frozenset[int]:
-    """Tokens that end a text: the tokenizer's and those of the model's generation settings."""
-    stated = getattr(backbone.model.generation_config, "eos_token_id", None)
-    ends = stated if isinstance(stated, list) else [stated]
-    return frozenset(int(token) for token in [*ends, backbone.tokenizer.eos_token_id] if token is not None)
 
 
 def _chat_renderer(backbone: Backbone, options: Mapping[str, Any]) -> Any:
