@@ -244,6 +244,19 @@ class DemonstrationSettings(Settings):
     text: str | None = None
 
 
+class DemonstrationPool(Settings):
+    """Solved examples for the prompt, taken from a file of reading examples."""
+
+    file: str = Field(description="jsonl of reading examples, as readers are trained on; never those of the test set")
+    count: int = Field(4, ge=1)
+    choose: Literal["random", "similar"] = Field(
+        "random", description="random: the same for all questions; similar: for each those with the nearest questions"
+    )
+    seed: int = Field(0, description="of the random choice")
+    sources: tuple[str, ...] = Field((), description="examples of these sources alone; none named: of all")
+    passages: bool = Field(True, description="show the passage of each example with it")
+
+
 class LmReaderSettings(Settings):
     """A frozen generative LM, causal or encoder-decoder, by folder or hub name."""
 
@@ -256,7 +269,7 @@ class LmReaderSettings(Settings):
     )
     prompt: str = "open-book"
     template: dict[str, Any] = Field({}, description="parts of the named template that are worded otherwise")
-    demonstrations: tuple[DemonstrationSettings, ...] = ()
+    demonstrations: tuple[DemonstrationSettings, ...] | DemonstrationPool = ()
     chat: bool = False
     chat_options: dict[str, Any] = {}
     window: int | None = Field(None, ge=8)
@@ -336,6 +349,7 @@ class QuestionSet(Settings):
     file: str | None = None
     hub: str | None = Field(None, description="a name of the hub or a local folder; needs the extra datasets")
     split: str
+    limit: int | None = Field(None, ge=1, description="only so many questions, the first ones")
     matcher: Literal["string", "regex"] = "string"
     expected: dict[str, dict[str, Expected]] = Field({}, description="by the name of a pipeline recipe, then by metric")
 

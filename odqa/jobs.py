@@ -386,6 +386,8 @@ def ranking_identity(loaded: Loaded, source: Mapping[str, str]) -> str | None:
         return None
     first = {key: loaded.recipe.resolved[key] for key in ("retriever", "k", "reranker", "batch")}
     parts = [odqa.__version__, loaded.index.artifact.hash, first, loaded.reranker_identity, source["sha256"]]
+    if "first" in source:  # not all questions of the file
+        parts.append(source["first"])
     return sha256_json(parts)
 
 
@@ -413,17 +415,19 @@ def _reader_identity(loaded: Loaded) -> str:
     """
     settings = loaded.settings
     if isinstance(settings.reader, config.SpanReaderSettings):
-        folder = Places().file(settings.reader.model)
+        folder = loaded.places.file(settings.reader.model)
         files = (folder / name for name in ("method.safetensors", "head.safetensors", "calibration.json"))
         return sha256_json([sha256_file(file) for file in files if file.is_file()])
     from odqa.read.lm import LmReader
 
     assert isinstance(loaded.pipeline.reader, LmReader)
-    model = loaded.pipeline.reader.backbone.fingerprint
-    if settings.reader.method is None:
-        return model
-    folder = Places().file(settings.reader.method)
-    return sha256_json([model, *(sha256_file(folder / name) for name in ("method.safetensors", "method.json"))])
+    parts = [loaded.pipeline.reader.backbone.fingerprint]
+    if settings.reader.method is not None:
+        folder = loaded.places.file(settings.reader.method)
+        parts += [sha256_file(folder / name) for name in ("method.safetensors", "method.json")]
+    if isinstance(settings.reader.demonstrations, config.DemonstrationPool):
+        parts.append(sha256_file(loaded.places.file(settings.reader.demonstrations.file)))
+    return parts[0] if len(parts) == 1 else sha256_json(parts)
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -637,6 +641,14 @@ def _text_of(index: "Index | None") -> Callable[[str], str]:
 
 def _load_questions(question_set: config.QuestionSet, places: Places) -> tuple[dict[str, str], list[Query], list[Gold]]:
     """Source, queries and gold of a question set, from a file or through `datasets`."""
+    source, queries, gold = _all_questions(question_set, places)
+    limit = question_set.limit
+    if limit is not None and limit < len(queries):
+        source = {**source, "first": str(limit)}
+    return source, queries[:limit], gold[:limit]
+
+
+def _all_questions(question_set: config.QuestionSet, places: Places) -> tuple[dict[str, str], list[Query], list[Gold]]:
     from odqa.corpus.io import read_gold, read_questions
 
     if question_set.file is not None:

@@ -25,6 +25,7 @@ from odqa.runtime import Recent
 
 if TYPE_CHECKING:
     from odqa.pipeline import Pipeline
+    from odqa.read.prompts import ChooseDemonstrations, Demonstration
     from odqa.retrieve.index import Index
     from odqa.stages import Packer, Reader, Reranker, Retriever
     from odqa.types import Passage
@@ -362,7 +363,7 @@ def build_pipeline(
     settings = recipe.settings
     assert isinstance(settings, config.PipelineRecipe)
     kept = kept or Kept()
-    reader = kept.part("reader", settings.reader, lambda found: build_reader(found, kept=kept))
+    reader = kept.part("reader", settings.reader, lambda found: build_reader(found, places, kept=kept))
     packer = build_packer(settings.packer, reader)
     retriever = build_retriever(settings, index)
     reranker = kept.part("reranker", settings.reranker, lambda found: build_reranker(found, places, kept=kept))
@@ -443,14 +444,18 @@ def _build_score_reranker(settings: config.GivenScores, places: Places) -> "Rera
 
 
 def build_reader(
-    settings: config.SpanReaderSettings | config.LmReaderSettings, *, kept: Kept | None = None
+    settings: config.SpanReaderSettings | config.LmReaderSettings,
+    places: Places | None = None,
+    *,
+    kept: Kept | None = None,
 ) -> "Reader":
     """The reader, its frozen model loaded; `kept` has the memory that readers with the same model share."""
+    places = places or Places.from_environment()
     if isinstance(settings, config.SpanReaderSettings):
         from odqa.read.span import SpanReader, load_span_reader
 
         model = load_span_reader(
-            Places().file(settings.model), backbone=settings.backbone, device=settings.device, dtype=settings.dtype
+            places.file(settings.model), backbone=settings.backbone, device=settings.device, dtype=settings.dtype
         )
         loading = {"kind", "model", "backbone", "device", "dtype"}
         of_model = (settings.model, settings.backbone, settings.device, settings.dtype, settings.candidates)
@@ -459,21 +464,36 @@ def build_reader(
     from odqa.frozen.backbone import load_backbone
     from odqa.frozen.method import load_method
     from odqa.read.lm import LmReader, load_lm
-    from odqa.read.prompts import Demonstration, find_template
-    from odqa.types import Passage
+    from odqa.read.prompts import find_template
 
-    shown = [
-        Demonstration(d.question, d.answer, None if d.text is None else Passage(f"demonstration-{i}", d.text, d.title))
-        for i, d in enumerate(settings.demonstrations)
-    ]
     load = {"device": settings.device, "dtype": settings.dtype, **settings.load_options}
     named = settings.architecture
     backbone = load_backbone(settings.model, named, **load) if named else load_lm(settings.model, **load)
-    method = None if settings.method is None else load_method(Places().file(settings.method), backbone)
+    method = None if settings.method is None else load_method(places.file(settings.method), backbone)
     own = {"kind", "model", "method", "architecture", "prompt", "template", "demonstrations"}
     own |= {"device", "dtype", "load_options"}
     template = find_template(settings.prompt, settings.template)
+    shown = build_demonstrations(settings.demonstrations, places)
     return LmReader(backbone, template, demonstrations=shown, method=method, **settings.model_dump(exclude=own))
+
+
+def build_demonstrations(
+    settings: tuple[config.DemonstrationSettings, ...] | config.DemonstrationPool, places: Places
+) -> "Sequence[Demonstration] | ChooseDemonstrations":
+    """What a prompt shows before a question: written in the recipe, drawn from a file, or chosen for each question."""
+    from odqa.corpus.examples import read_solved
+    from odqa.read.demonstrations import Nearest, draw, solved
+    from odqa.read.prompts import Demonstration
+    from odqa.types import Passage
+
+    if not isinstance(settings, config.DemonstrationPool):
+        passages = [
+            None if d.text is None else Passage(f"demonstration-{i}", d.text, d.title) for i, d in enumerate(settings)
+        ]
+        return [Demonstration(d.question, d.answer, passage) for d, passage in zip(settings, passages, strict=True)]
+    examples = read_solved(places.file(settings.file), sources=settings.sources)
+    pool = [solved(example, with_passage=settings.passages) for example in examples]
+    return Nearest(pool, settings.count) if settings.choose == "similar" else draw(pool, settings.count, settings.seed)
 
 
 def read_source(

@@ -549,7 +549,7 @@ class _LmSetup:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         # The model trains in float32 (in bfloat16 under autocast), whatever the pipeline reads in.
-        reader = build_reader(pipeline.reader.model_copy(update={"dtype": "float32", "batch_size": 16}))
+        reader = build_reader(pipeline.reader.model_copy(update={"dtype": "float32", "batch_size": 16}), places)
         assert isinstance(reader, LmReader)
         self.reader, self.packer = reader, build_packer(pipeline.packer, reader)
         on_cpu = reader.backbone.device.type == "cpu"

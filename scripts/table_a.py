@@ -193,7 +193,7 @@ class Lab:
         pipeline = self.pipeline.settings
         assert isinstance(pipeline, config.PipelineRecipe) and isinstance(pipeline.reader, config.LmReaderSettings)
         self.model = pipeline.reader.model
-        reader = build_reader(pipeline.reader.model_copy(update={"dtype": "float32"}))
+        reader = build_reader(pipeline.reader.model_copy(update={"dtype": "float32"}), places)
         assert isinstance(reader, LmReader)
         self.backbone: Backbone = reader.backbone
         self.passages = {p.id: p for name in settings.passages for p in read_passages(places.file(name))}

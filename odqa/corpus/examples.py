@@ -70,6 +70,19 @@ def read_examples(
     yield from _read_rows(path, example)
 
 
+def read_solved(path: Path, *, sources: Collection[str] = ()) -> Iterator[Example]:
+    """The rows of a training file that have an answer, each with its own passage alone; of `sources` if any are named.
+
+    Raises DataError with file and line for a row that lacks a field.
+    """
+
+    def example(row: Mapping[str, Any]) -> Example | None:
+        found = _example({**row, "positive_ids": [], "negative_ids": []}, {}, None)
+        return found if found.answers and (not sources or found.source in sources) else None
+
+    yield from _read_rows(path, example)
+
+
 def read_unanswerable(
     path: Path, passages: Mapping[str, Passage], *, split: str, avoid: Collection[str] = ()
 ) -> Iterator[Example]:

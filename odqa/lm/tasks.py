@@ -17,7 +17,7 @@ arXiv 2110.08207), denoising is T5's (Raffel et al. 2019, arXiv 1910.10683).
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -87,8 +87,13 @@ Made = tuple[tuple[str, ...], str] | None
 
 def _read(corpus: Corpus, rng: np.random.Generator) -> Made:
     example = _draw(corpus.examples, rng)
-    answer = next((a for a in example.answers if a.lower() in example.passage.text.lower()), None)
-    return None if answer is None else (reading_parts(example.question, example.passage)[1:], answer)
+    text = example.passage.text
+    places = ((answer, text.lower().find(answer.lower())) for answer in example.answers)
+    answer, start = next(((a, place) for a, place in places if place >= 0), ("", -1))
+    if start < 0:
+        return None
+    part = _around(text, start, start + len(answer), rng)
+    return reading_parts(example.question, replace(example.passage, text=part))[1:], answer
 
 
 def _recall(corpus: Corpus, rng: np.random.Generator) -> Made:
@@ -104,7 +109,8 @@ def _cloze(corpus: Corpus, rng: np.random.Generator) -> Made:
         return None
     gap = phrases[rng.integers(len(phrases))]
     sentence = f"{passage.text[start : gap.start()]}{GAP}{passage.text[gap.end() : end]}"
-    return (f"Sentence: {sentence}", f"Passage: {passage.title}. {passage.text}"), gap[0]
+    part = _around(passage.text, gap.start(), gap.end(), rng)
+    return (f"Sentence: {sentence}", f"Passage: {passage.title}. {part}"), gap[0]
 
 
 def _denoise(corpus: Corpus, rng: np.random.Generator) -> Made:
@@ -161,3 +167,16 @@ def _draw(values: Sequence[T], rng: np.random.Generator) -> T:
 def _sentence(text: str, rng: np.random.Generator) -> tuple[int, int]:
     spans = sentence_spans(text)
     return spans[int(rng.integers(len(spans)))]
+
+
+def _around(text: str, start: int, end: int, rng: np.random.Generator) -> str:
+    """All of a passage, or half the time the sentences of text[start:end] and up to two beside them: shorter sources
+    make more steps in the same time, and every position of an answer as likely."""
+    if rng.random() < 0.5:
+        return text
+    spans = sentence_spans(text)
+    first = max(k for k, (begin, _) in enumerate(spans) if begin <= start)
+    last = max(k for k, (begin, _) in enumerate(spans) if begin < max(end, start + 1))
+    first = max(first - int(rng.integers(0, 3)), 0)
+    last = min(last + int(rng.integers(0, 3)), len(spans) - 1)
+    return text[spans[first][0] : spans[last][1]]

@@ -32,7 +32,16 @@ from odqa.frozen.backbone import Backbone, frozen_guard, load_backbone
 from odqa.frozen.layout import pad_rows
 from odqa.frozen.method import Method
 from odqa.models import is_encoder_decoder
-from odqa.read.prompts import AnswerRules, Demonstration, Messages, Piece, Prompt, PromptTemplate, find_template
+from odqa.read.prompts import (
+    AnswerRules,
+    ChooseDemonstrations,
+    Demonstration,
+    Messages,
+    Piece,
+    Prompt,
+    PromptTemplate,
+    find_template,
+)
 from odqa.runtime import progress
 from odqa.text import as_written, normalize_answer
 from odqa.types import Answer, Candidate, Hit, PackedContext, Query, TokenCosts
@@ -108,8 +117,9 @@ class LmReader:
     `passages` "apart" is for encoder-decoders: each passage is encoded in a prompt of its own, pays for its question
     and instruction, and one decoder reads all. Then there are no windows; demonstrations are in every prompt.
 
-    Prompt: `prompt` is a template or the name of one, `demonstrations` are shown before the question, `chat` words it
-    as a conversation by the tokenizer's chat template, with `chat_options` for that template.
+    Prompt: `prompt` is a template or the name of one, `demonstrations` (the same for all questions, or a function that
+    chooses them for each) are shown before the question, `chat` words it as a conversation by the tokenizer's chat
+    template, with `chat_options` for that template.
 
     Window: `window` tokens, if not given what the configuration or else the tokenizer says. A causal model shares it
     with the answer (`max_new_tokens`), an encoder-decoder model does not. A `method` is attached for good; what it puts
@@ -136,7 +146,7 @@ class LmReader:
         *,
         method: Method | None = None,
         passages: Literal["together", "apart"] = "together",
-        demonstrations: Sequence[Demonstration] = (),
+        demonstrations: Sequence[Demonstration] | ChooseDemonstrations = (),
         chat: bool = False,
         chat_options: Mapping[str, Any] | None = None,
         window: int | None = None,
@@ -178,7 +188,7 @@ class LmReader:
         self.rules = AnswerRules() if rules is None else rules
         template = find_template(prompt) if isinstance(prompt, str) else prompt
         renderer = _chat_renderer(backbone, chat_options or {}) if chat else None
-        self.prompt = Prompt(template, tuple(demonstrations), renderer)
+        self.prompt = Prompt(template, demonstrations if callable(demonstrations) else tuple(demonstrations), renderer)
         self.window = _choose_window(backbone, window)
         self.candidates, self.beams, self.length_penalty = candidates, beams, length_penalty
         self.sample, self.temperature, self.top_k, self.top_p, self.seed = sample, temperature, top_k, top_p, seed
@@ -301,6 +311,7 @@ class LmReader:
             decoding["seed"] = self.seed
         elif self.beams > 1:
             decoding = {"how": "beams", "beams": self.beams, "length_penalty": self.length_penalty}
+        shown = self.prompt.demonstrations
         return {
             "backbone": self.backbone.name,
             "fingerprint": self.backbone.fingerprint,
@@ -309,7 +320,7 @@ class LmReader:
             "prompt": template.name,
             "passages": self.passages,
             "chat": self.prompt.chat is not None,
-            "demonstrations": len(self.prompt.demonstrations),
+            "demonstrations": "chosen for each question" if callable(shown) else len(shown),
             "max_new_tokens": self.max_new_tokens,
             "candidates": self.candidates,
             "decoding": decoding,

@@ -114,6 +114,8 @@ def find_template(name: str, changes: Mapping[str, Any] | None = None) -> Prompt
     return replace(TEMPLATES[name], **(changes or {}))
 
 
+ChooseDemonstrations = Callable[[str], Sequence[Demonstration]]
+"""From a question to what is shown before it (`odqa.read.demonstrations`)."""
 Messages = list[dict[str, str]]
 RenderChat = Callable[[Messages], str]
 """A tokenizer's chat template: messages with "role" and "content" to text that ends where the assistant speaks."""
@@ -121,7 +123,7 @@ RenderChat = Callable[[Messages], str]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A template with its demonstrations, plain or as a conversation.
+    """A template with its demonstrations, the same for all questions or chosen for each; plain or as a conversation.
 
     A whole prompt is `before(question)`, one `passage(p)` for each passage, `after(question)`: pieces that a reader
     tokenises apart. Separators stand at the end of a piece, where the vocabularies of current models expect line breaks
@@ -133,15 +135,20 @@ class Prompt:
     """
 
     template: PromptTemplate
-    demonstrations: tuple[Demonstration, ...] = ()
+    demonstrations: tuple[Demonstration, ...] | ChooseDemonstrations = ()
     chat: RenderChat | None = None
+
+    def demonstrations_for(self, question: str) -> Sequence[Demonstration]:
+        """What is shown before this question."""
+        return self.demonstrations(question) if callable(self.demonstrations) else self.demonstrations
 
     def before(self, question: str) -> list[Piece]:
         """What stands before the passages."""
-        opening, _ = self._frame()
-        blocks = [] if self.chat and self.demonstrations else [self.template.constant("instruction")]
+        shown = self.demonstrations_for(question)
+        opening, _ = self._frame(shown)
+        blocks = [] if self.chat and shown else [self.template.constant("instruction")]
         if not self.chat:
-            blocks += [self._demonstrate(example) for example in self.demonstrations]
+            blocks += [self._demonstrate(example) for example in shown]
         if self.template.question_first:
             blocks.append(self.template.render_question(question))
         return _pieces(Piece(opening, is_control=True), *(Piece(self._close(block)) for block in blocks))
@@ -152,7 +159,7 @@ class Prompt:
 
     def after(self, question: str) -> list[Piece]:
         """What stands behind the passages, up to where the model goes on."""
-        _, closing = self._frame()
+        _, closing = self._frame(self.demonstrations_for(question)) if self.chat else ("", "")
         asked = "" if self.template.question_first else self.template.render_question(question)
         answer = "" if self.chat else self.template.constant("answer")
         line = self.template.constant("line") if asked and answer else ""
@@ -176,12 +183,12 @@ class Prompt:
             blocks.insert(1 if self.template.question_first else 0, shown)
         return self.template.constant("separator").join(blocks)
 
-    def _frame(self) -> tuple[str, str]:
+    def _frame(self, shown: Sequence[Demonstration]) -> tuple[str, str]:
         """The conversation around the last user message; two empty texts without chat."""
         if self.chat is None:
             return "", ""
         messages: Messages = []
-        for number, example in enumerate(self.demonstrations):
+        for number, example in enumerate(shown):
             opening = self._close(self.template.constant("instruction")) if number == 0 else ""
             messages.append({"role": "user", "content": opening + self._ask(example)})
             messages.append({"role": "assistant", "content": example.answer})

@@ -1,6 +1,7 @@
 """Systems with equal leading stages rank once: with real (tiny) models, a shared run equals one that ranked itself."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +243,18 @@ def test_a_cascade_is_built_from_a_recipe(world: World, cross: dict[str, Any], t
     step = made.trace("q4").steps[1]
     assert step.sources == ("cross",) * 3 + ("outside",) * 12 + ("bm25",) * (len(step.ids) - 15)
     assert len(made.manifest["inputs"]["reranker"]) == 2
+
+
+def test_the_first_questions_alone_do_not_lend_their_ranking_to_all(world: World, recipe: Path, tmp_path: Path) -> None:
+    common = ("--artifacts", world.artifacts, "--out", tmp_path, "--set", "gains=[]")
+    settings = yaml.safe_load(recipe.read_text())["pipelines"]
+    first, second = (f"pipelines=[{json.dumps(item)}]" for item in settings[2:])
+    few = ok("eval", recipe, *common, "--set", first, "--set", "questions.0.limit=5", "--json").json
+    assert [system["n"] for system in few["systems"]] == [5]
+    again = ok("eval", recipe, *common, "--set", second, "--set", "questions.0.limit=5")
+    assert "the ranking is taken from" in again.err
+    line = refused("eval", recipe, *common, "--set", first)
+    assert line.startswith("ArtifactMismatch: ") and "questions" in line
+    shutil.rmtree(run_of(tmp_path, "reranked-400"))
+    whole = ok("eval", recipe, *common, "--set", second, "--json")
+    assert "the ranking is taken from" not in whole.err and [s["n"] for s in whole.json["systems"]] == [12]
