@@ -3,6 +3,7 @@
     python scripts/bench.py dump DUMP... --wikiextractor PYTHON
     python scripts/bench.py latency PIPELINE QUESTIONS [--index INDEX_FOLDER]
     python scripts/bench.py rerank --data DIR [--reranker FOLDER]
+    python scripts/bench.py prompt --data DIR [--model MODEL]
 
 `dump` measures CPU seconds (user and system, children included) of dump -> clean text on disk, one process each. PYTHON
 is the interpreter of an environment of its own that holds the peer: `pip install wikiextractor==3.1.0`, which runs
@@ -14,6 +15,9 @@ question in one process; with --index also what the index's manifest says of its
 `rerank` measures milliseconds a question with 100 candidates, on the same weights, cores and pairs: the re-ranking
 stage against `sentence_transformers.CrossEncoder.predict` with its defaults, question by question in turn. On more
 questions it compares the ranking in the fast number format with that in float32: the top 20, and recall.
+
+`prompt` measures what a soft prompt costs: seconds to generate answers of equal length from contexts of equal length,
+by the frozen model as it is and with a prompt, in turn; a causal model also with the prompt's keys and values kept.
 """
 
 import hashlib
@@ -28,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,6 +40,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from odqa.frozen.backbone import Backbone
+    from odqa.frozen.method import Method
     from odqa.rerank.cross import CrossEncoderReranker
     from odqa.types import Hit, Query
 
@@ -264,6 +271,86 @@ def rerank(
             "fast_format_against_float32": agreements,
         },
     )
+
+
+@app.command()
+def prompt(
+    data: Annotated[Path | None, typer.Option(help="The data folder, with nq-mini in it (or ODQA_DATA).")] = None,
+    models: Annotated[
+        list[str] | None, typer.Option("--model", help="Generative LMs; by default the embedded.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=1, help="Vectors of the soft prompt.")] = 50,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens of a context, question and all.")] = 512,
+    written: Annotated[int, typer.Option(min=1, help="Tokens that are generated from each.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Contexts that are read at once.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; in each every system does every batch.")] = 9,
+    out: Annotated[Path, typer.Option(help="Where the result goes.")] = _RESULTS / "bench-prompt.json",
+) -> None:
+    """What a soft prompt makes generation cost, beside the same frozen model without one."""
+    import torch
+
+    from odqa.corpus.io import read_passages
+    from odqa.frozen.method import create_method
+    from odqa.frozen.prefix import prefix_of_prompt
+    from odqa.frozen.prompt_tuning import PromptTuning
+    from odqa.read.lm import load_lm
+    from odqa.recipes import Places
+
+    file = Places.from_environment(data).file("data:nq-mini/psgs.tsv.gz")
+    texts = [passage.text for passage, _ in zip(read_passages(file), range(12 * batch), strict=False)]
+    found = []
+    for model in models or ["embedded:odqa-mini-1", "embedded:odqa-mini-d1"]:
+        backbone = load_lm(model, device="cpu")
+        ids = backbone.tokenizer(" ".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        sources = [ids[start : start + tokens] for start in range(0, tokens * batch, tokens)]
+        soft = create_method("prompt-tuning", backbone, length=length)
+        assert isinstance(soft, PromptTuning)
+        methods: dict[str, Method | None] = {"frozen": None, "soft prompt": soft}
+        if backbone.architecture == "causal":
+            methods["soft prompt, keys and values kept"] = prefix_of_prompt(backbone, soft)
+
+        systems: dict[str, Callable[[int], object]] = {
+            name: partial(_generate, backbone, sources, written, method) for name, method in methods.items()
+        }
+        seconds = {name: [sum(each) for each in rounds] for name, rounds in _interleaved(systems, 1, repeats).items()}
+        for name, ours in seconds.items():
+            ratios = [one / plain for one, plain in zip(ours, seconds["frozen"], strict=True)]
+            spread = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+            found.append(
+                {
+                    "model": model,
+                    "system": name,
+                    "dtype": _name(backbone.model.dtype),
+                    "seconds_a_batch": round(statistics.median(ours), 3),
+                    "cost_ratio": {at: round(ratio, 3) for at, ratio in spread.items()},
+                }
+            )
+            typer.echo(json.dumps(found[-1]))
+    save_result(
+        out,
+        {
+            "what": "generation, wall seconds, systems in turn",
+            "prompt_vectors": length,
+            "context_tokens": tokens,
+            "generated_tokens": written,
+            "batch": batch,
+            "repeats": repeats,
+            "threads": torch.get_num_threads(),
+            "versions": {name: version(name) for name in ("transformers", "torch")},
+            "systems": found,
+        },
+    )
+
+
+def _generate(
+    backbone: "Backbone", sources: list[list[int]], tokens: int, method: "Method | None", _batch: int
+) -> None:
+    """Exactly so many tokens behind each source, with the method attached meanwhile."""
+    if method is not None:
+        method.attach(backbone)
+    backbone.generate(sources, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    if method is not None:
+        method.detach()
 
 
 def _candidates(path: Path, index: Path, limit: int) -> Candidates:

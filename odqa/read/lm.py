@@ -31,6 +31,8 @@ from odqa.errors import DataError, RecipeError
 from odqa.frozen.backbone import Backbone, frozen_guard, load_backbone
 from odqa.frozen.layout import pad_rows
 from odqa.frozen.method import Method
+from odqa.frozen.prefix import prefix_of_prompt
+from odqa.frozen.prompt_tuning import PromptTuning
 from odqa.models import is_encoder_decoder
 from odqa.read.prompts import (
     AnswerRules,
@@ -205,7 +207,9 @@ class LmReader:
                 f"window of {self.window} tokens."
             )
         self.method = method
-        if method is not None:
+        if isinstance(method, PromptTuning) and backbone.architecture == "causal":
+            prefix_of_prompt(backbone, method).attach(backbone)  # its keys and values are computed once
+        elif method is not None:
             method.attach(backbone)
         # A packer asks for prices several times a question; demonstrations are long.
         self._frame = lru_cache(maxsize=_FRAMES)(self._encode_frame)
