@@ -50,6 +50,7 @@ TASKS = ("cloze", "denoise", "complete", "title")
 SEED = 20_000_003  # of the held-out items; pre-training has 0
 BATCHES = 16  # our choice: of 16 items each, a task
 LONGEST = 30  # our choice: words of the sentence that a demonstration shows
+DEMONSTRATION = 80  # our choice: tokens that a prompt may be longer for each, so that passages keep their room
 SQUAD = {"squad11-train": 1.0, "squad11-dev": 0.0, "qed-nq": 0.0, "nq-mini-train": 0.0}  # the questions of table D
 
 
@@ -192,7 +193,7 @@ class Lab:
         self.folder = places.artifacts / table
         pipeline = self.pipeline.settings
         assert isinstance(pipeline, config.PipelineRecipe) and isinstance(pipeline.reader, config.LmReaderSettings)
-        self.model = pipeline.reader.model
+        self.model, self.budget = pipeline.reader.model, pipeline.packer.budget
         reader = build_reader(pipeline.reader.model_copy(update={"dtype": "float32"}), places)
         assert isinstance(reader, LmReader)
         self.backbone: Backbone = reader.backbone
@@ -253,6 +254,7 @@ class Lab:
                 changes["reader.method"] = str(self.folder / run.name)
             if run.row.demonstrations:
                 changes["reader.demonstrations"] = self.demonstrations(run.row.demonstrations, run.seed)
+                changes["packer.budget"] = self.budget + DEMONSTRATION * run.row.demonstrations
             name = f"squad-{run.name}" if self.is_shift and run.row.method is not None else run.name
             variants.append({"recipe": str(self.pipeline_of(run.row)), "name": name, "set": changes})
         questions = [{"name": path.stem, "file": str(path), "split": "dev"} for path in sets.values()]
