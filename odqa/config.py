@@ -83,11 +83,16 @@ class Dense(Settings):
     passage_model: str | None = Field(None, description="another model for passages (DPR); null: the same")
     pooling: Literal["auto", "mean", "cls", "pooler"] = "auto"
     normalize: bool | None = None
-    query_prefix: str = ""
-    passage_prefix: str = ""
+    query_prefix: str = Field("", description='such as "query: " (E5)')
+    passage_prefix: str = Field("", description='such as "passage: " (E5); it stands before the title')
+    prompts: bool = Field(True, description="where no prefix is named, those that a sentence-transformers folder names")
     query_max_tokens: int | None = Field(None, ge=4)
     passage_max_tokens: int | None = Field(None, ge=4)
     titles: Literal["space", "newline", "pair", "none"] = "space"
+    segments: Literal["tokenizer", "zero"] = Field(
+        "tokenizer",
+        description="token types of a pair: the tokenizer's (0 and 1), or all 0 as DPR and Spider do",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     store_dtype: Literal["float16", "float32"] = "float16"
     vectors: Vectors = Vectors()

@@ -524,13 +524,21 @@ def check_index_recipe(found: Mapping[str, Any], recipe: Recipe, folder: Path) -
 
     The passages may be others: `odqa index RECIPE --dump FILE` builds a recipe's index over a dump of one's own.
     """
-    wanted = recipe.resolved
-    differing = sorted(key for key in wanted if key != "passages" and found.get(key) != wanted[key])
+    wanted, built = recipe.resolved, with_defaults(found, recipe)
+    differing = sorted(key for key in wanted if key != "passages" and built.get(key) != wanted[key])
     if differing:
         raise ArtifactError(
             f"{folder}: built with other settings of {', '.join(differing)} than {recipe.path} has now. Build it again "
             f"with: odqa index {recipe.path}"
         )
+
+
+def with_defaults(found: Mapping[str, Any], recipe: Recipe) -> Mapping[str, Any]:
+    """The recipe in a manifest, with the defaults of settings that are newer than it; as it is if it is not one."""
+    try:
+        return type(recipe.settings).model_validate(found).model_dump(mode="json")
+    except ValidationError:
+        return found
 
 
 def index_folder(name: str, places: Places) -> tuple[Path, Recipe | None]:

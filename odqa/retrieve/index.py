@@ -133,7 +133,7 @@ class Index:
         if not self.has_dense:
             raise ArtifactError(f"{self.path}: this index has no vectors. Build one with an encoder in its recipe.")
         built = json.loads((self.path / "dense/encoder.json").read_text(encoding="utf-8"))
-        settings = EncoderSettings(**built["settings"])
+        settings = EncoderSettings(**{"prompts": False, **built["settings"]})  # older ones were built without prompts
         if self._encoder is not None:
             settings = replace(settings, question_model=self._encoder, passage_model=None)
         encoder = Encoder(settings, device=self._device)

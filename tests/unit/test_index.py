@@ -1,6 +1,7 @@
 """The index artifact: what it holds, who may open it, what a kill leaves, and the three retrievers on it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -153,6 +154,32 @@ def test_an_encoder_with_other_weights_is_refused_in_one_line(index: Index, tmp_
     ) as error:
         DenseRetriever(load_index(index.path, encoder=str(other)))
     assert "\n" not in str(error.value)
+
+
+def test_the_query_side_takes_what_the_index_was_built_with(tmp_path: Path) -> None:
+    """Prefixes, pooling and lengths are in the index: a folder whose files say otherwise later changes no vector."""
+    folder = tiny_bert(tmp_path / "encoder")
+    settings = EncoderSettings(str(folder), pooling="cls", query_prefix="query: ", query_max_tokens=6, dtype="float32")
+    index = build_index(tmp_path / "index", COLLECTION, source=SOURCE, encoder=settings)
+    before = index.dense.encoder.encode_questions(["who was king"])
+    names = {"prompts": {"query": "other: ", "document": "other: "}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(names))
+    (folder / "modules.json").write_text("not even JSON")
+    opened = load_index(index.path).dense.encoder
+    assert (opened.encode_questions(["who was king"]) == before).all()
+    assert opened.resolved == index.dense.encoder.resolved
+
+
+def test_an_index_older_than_prompts_is_asked_without_them(index: Index, tmp_path: Path) -> None:
+    shutil.copytree(index.path, tmp_path / "older")
+    file = tmp_path / "older/dense/encoder.json"
+    built = json.loads(file.read_text())
+    del built["settings"]["prompts"], built["settings"]["segments"]
+    file.write_text(json.dumps(built))
+    manifest = json.loads((tmp_path / "older/manifest.json").read_text())
+    manifest["files"]["dense/encoder.json"]["bytes"] = file.stat().st_size
+    (tmp_path / "older/manifest.json").write_text(json.dumps(manifest))
+    assert load_index(tmp_path / "older").dense.encoder.settings == index.dense.encoder.settings
 
 
 def test_an_encoder_that_moved_is_found_by_its_new_name(index: Index, tmp_path: Path) -> None:

@@ -506,6 +506,16 @@ def test_an_index_of_other_settings_is_refused_and_one_of_another_dump_is_not() 
         check_index_recipe(built | {"bm25": None, "dense": None}, recipe, Path("folder"))
 
 
+def test_an_index_that_is_older_than_a_setting_has_its_default() -> None:
+    recipe = load_recipe(ROOT / "indexes/embedded.yaml")
+    older = recipe.resolved
+    older["dense"] = {key: value for key, value in older["dense"].items() if key not in ("segments", "prompts")}
+    check_index_recipe(older, recipe, Path("folder"))
+    changed = load_recipe(ROOT / "indexes/embedded.yaml", changes=["dense.segments=zero"])
+    with pytest.raises(ArtifactError, match="other settings of dense"):
+        check_index_recipe(older, changed, Path("folder"))
+
+
 def test_recipes_as_values_compare_by_their_settings() -> None:
     first, second = load_recipe(ROOT / "indexes/embedded.yaml"), load_recipe(ROOT / "indexes/embedded.yaml")
     assert first == second and dataclasses.replace(first, path=Path("x")).hash == second.hash
