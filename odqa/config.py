@@ -129,6 +129,21 @@ class HybridRetriever(Settings):
     c: float = Field(60.0, ge=0, description="the constant of reciprocal rank fusion")
 
 
+class AlphaHybridRetriever(Settings):
+    """Dense + alpha * BM25 over the union of both lists; a passage that one list lacks gets that list's lowest score.
+
+    As in arXiv 2104.05740 (DPR + BM25) and 2112.07708 (Spider + BM25). scripts/tune_fusion.py chooses alpha.
+    """
+
+    kind: Literal["alpha-hybrid"]
+    alpha: float = Field(ge=0, allow_inf_nan=False, description="what BM25's score weighs; chosen on tune questions")
+    depth: int = Field(1000, ge=1, description="passages taken from each list")
+    normalise: bool = Field(False, description="first bring each list to -0.5 ... 0.5, as Pyserini does when asked to")
+
+
+AnyRetriever = Bm25Retriever | DenseRetriever | HybridRetriever | AlphaHybridRetriever
+
+
 class CrossEncoder(Settings):
     """A cross-encoder: a trained re-ranker (embedded:NAME or its folder), or any for sequence classification.
 
@@ -303,7 +318,7 @@ class PipelineRecipe(Settings):
 
     kind: Literal["pipeline"]
     index: str | None = Field(None, description="an index recipe, or the folder of an index")
-    retriever: Annotated[Bm25Retriever | DenseRetriever | HybridRetriever, Field(discriminator="kind")] | None = None
+    retriever: Annotated[AnyRetriever, Field(discriminator="kind")] | None = None
     k: int = Field(100, ge=1, description="passages that leave the retriever")
     reranker: RerankerSettings | None = None
     packer: PackerSettings = PackerSettings()

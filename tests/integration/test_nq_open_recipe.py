@@ -65,7 +65,7 @@ def index(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pipeline(world: World, index: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped pipeline over the small index with a tiny chat model, saved as `odqa check` prints it."""
     changes = {"index": index, "reader.model": world.lm, "reader.max_new_tokens": 4, "reader.dtype": "float32"}
-    changes["retriever.weights"] = "[1000, 1]"  # random encoders score in the thousands
+    changes["retriever.alpha"] = 1000  # random encoders score in the thousands
     path = tmp_path_factory.mktemp("pipelines") / "nq-open.yaml"
     path.write_text(ok("check", PIPELINE, *_set(changes)).out, encoding="utf-8")
     return path
@@ -83,10 +83,10 @@ def test_the_recipes_name_the_full_run() -> None:
         "facebook/dpr-question_encoder-single-nq-base",
         "facebook/dpr-ctx_encoder-single-nq-base",
     )
-    assert (index.dense.pooling, index.dense.titles) == ("pooler", "pair")
+    assert (index.dense.pooling, index.dense.titles, index.dense.segments) == ("pooler", "pair", "zero")
     lists = int(str(index.dense.vectors.faiss).split(",")[0].removeprefix("IVF"))
     assert index.dense.vectors.train_rows >= 39 * lists  # FAISS warns below 39 vectors a list
-    assert isinstance(pipeline, config.PipelineRecipe) and isinstance(pipeline.retriever, config.HybridRetriever)
+    assert isinstance(pipeline, config.PipelineRecipe) and isinstance(pipeline.retriever, config.AlphaHybridRetriever)
     assert isinstance(pipeline.reader, config.LmReaderSettings) and pipeline.reader.model.count("/") == 1
     assert isinstance(evaluation, config.EvalRecipe)
     assert [variant.recipe for variant in evaluation.pipelines] == ["pipelines/nq-open.yaml"]

@@ -15,6 +15,7 @@ from odqa.errors import ArtifactError, ArtifactMismatch, DataError
 from odqa.retrieve.bm25 import Analyzer, Bm25Settings
 from odqa.retrieve.dense import EncoderSettings
 from odqa.retrieve.index import (
+    AlphaHybridRetriever,
     Bm25Retriever,
     DenseRetriever,
     HybridRetriever,
@@ -99,6 +100,32 @@ class TestHybridRetriever(RetrieverConformance):
         query = [Query("q", "tiber")]
         expected = {*ids(Bm25Retriever(index).retrieve(query, 7))[0], *ids(DenseRetriever(index).retrieve(query, 7))[0]}
         assert set(ids(retriever.retrieve(query, 7))[0]) == expected
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+class TestAlphaHybridRetriever(RetrieverConformance):
+    @pytest.fixture
+    def retriever(self, index: Index, normalise: bool) -> AlphaHybridRetriever:
+        return AlphaHybridRetriever(index, alpha=0.5, depth=len(COLLECTION), normalise=normalise)
+
+    def test_without_alpha_it_has_the_order_of_the_vectors(self, index: Index, normalise: bool) -> None:
+        queries = [Query("q", "what is the capital of france")]
+        hits = AlphaHybridRetriever(index, alpha=0, normalise=normalise).retrieve(queries, 7)
+        assert ids(hits) == ids(DenseRetriever(index).retrieve(queries, 7))
+
+    def test_a_large_alpha_puts_what_bm25_finds_first(self, index: Index, normalise: bool) -> None:
+        queries = [Query("q", "tiber capital italy")]
+        (sparse,) = ids(Bm25Retriever(index).retrieve(queries, 7))
+        assert len(sparse) > 1
+        (hits,) = ids(AlphaHybridRetriever(index, alpha=1e4, normalise=normalise).retrieve(queries, 7))
+        assert hits[0] == sparse[0]
+
+    def test_a_list_of_a_single_hit_decides_nothing(self, index: Index, normalise: bool) -> None:
+        """By the published rule all others get the lowest score of the list, which is that of its only hit."""
+        queries = [Query("q", "tiber")]
+        assert ids(Bm25Retriever(index).retrieve(queries, 7)) == [["a2"]]
+        hits = AlphaHybridRetriever(index, alpha=1e4, normalise=normalise).retrieve(queries, 7)
+        assert ids(hits) == ids(DenseRetriever(index).retrieve(queries, 7))
 
 
 def test_the_depth_of_a_hybrid_grows_with_k(index: Index) -> None:
