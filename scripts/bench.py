@@ -357,46 +357,50 @@ def precision(
     out: Annotated[Path, typer.Option(help="Where the result goes.")] = _RESULTS / "bench-precision.json",
 ) -> None:
     """Dense retrieval in bfloat16 against float32: overlap of the top 20, and recall."""
-    from odqa import config, jobs
-    from odqa.corpus.io import read_gold, read_questions
-    from odqa.errors import OdqaError, RecipeError
-    from odqa.recipes import Places, load_recipe
+    from odqa.errors import OdqaError
 
     try:
-        asked = {path.stem: ([query.text for query in read_questions(path)], read_gold(path)) for path in questions}
-        settings = load_recipe(recipe, "index").settings
-        if not isinstance(settings, config.IndexRecipe) or settings.dense is None:
-            raise RecipeError(f"{recipe}: no encoder under dense; there is nothing to compare.")
-        found: dict[str, dict[str, Rankings]] = {name: {} for name in asked}
-        with tempfile.TemporaryDirectory() as folder:
-            for dtype in _PRECISIONS:
-                only_dense = {"bm25": None, "dense.dtype": dtype, "dense.vectors": {}}
-                variant = load_recipe(recipe, "index", settings=only_dense)
-                index = jobs.build_index(variant, places=Places.from_environment(data), out=Path(folder) / dtype)
-                for name, (texts, _) in asked.items():
-                    found[name][dtype] = index.dense.search(texts, 100)
-            store = index.store
-            sets = [
-                {
-                    "questions": name,
-                    "n": len(texts),
-                    "top_20_overlap": round(top_overlap(*(found[name][dtype] for dtype in _PRECISIONS), 20), 4),
-                    **{
-                        dtype: _recall_of_rows(found[name][dtype], [g.answers for g in gold], store)
-                        for dtype in _PRECISIONS
-                    },
-                }
-                for name, (texts, gold) in asked.items()
-            ]
+        passages, sets = _compare_precisions(recipe, questions, data)
     except OdqaError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(2) from None
     for row in sets:
         typer.echo(json.dumps(row))
-    what = (
-        "the same encoder, passages and questions in two number formats, exact search; recall by has_answer in percent"
-    )
-    save_result(out, {"what": what, "recipe": recipe, "passages": len(store), "sets": sets})
+    what = "one encoder in two number formats, exact search; overlap of the top 20, recall by has_answer in percent"
+    save_result(out, {"what": what, "recipe": recipe, "passages": passages, "sets": sets})
+
+
+def _compare_precisions(recipe: str, questions: list[Path], data: Path | None) -> tuple[int, list[dict[str, object]]]:
+    """How many passages there are, and what the result says of each question file."""
+    from odqa import config, jobs
+    from odqa.corpus.io import read_gold, read_questions
+    from odqa.errors import RecipeError
+    from odqa.recipes import Places, load_recipe
+
+    texts = [[query.text for query in read_questions(path)] for path in questions]
+    answers = [[gold.answers for gold in read_gold(path)] for path in questions]
+    settings = load_recipe(recipe, "index").settings
+    if not isinstance(settings, config.IndexRecipe) or settings.dense is None:
+        raise RecipeError(f"{recipe}: no encoder under dense; there is nothing to compare.")
+    found: dict[str, list[Rankings]] = {}  # by number format, one for each question file
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in _PRECISIONS:
+            only_dense: dict[str, object] = {"bm25": None, "dense.dtype": dtype, "dense.vectors": {}}
+            variant = load_recipe(recipe, "index", settings=only_dense)
+            index = jobs.build_index(variant, places=Places.from_environment(data), out=Path(folder) / dtype)
+            found[dtype] = [index.dense.search(asked, 100) for asked in texts]
+        store = index.store  # the passages are the same in both
+        one, other = (found[dtype] for dtype in _PRECISIONS)
+        sets: list[dict[str, object]] = [
+            {
+                "questions": path.stem,
+                "n": len(texts[number]),
+                "top_20_overlap": round(top_overlap(one[number], other[number], 20), 4),
+                **{dtype: _recall_of_rows(found[dtype][number], answers[number], store) for dtype in _PRECISIONS},
+            }
+            for number, path in enumerate(questions)
+        ]
+        return len(store), sets
 
 
 def top_overlap(one: "Rankings", other: "Rankings", k: int) -> float:

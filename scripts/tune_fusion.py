@@ -118,9 +118,9 @@ def alpha(
 
 def parse_grid(text: str) -> list[float]:
     """The numbers of FROM:TO:STEP, both ends included; of a single number that one. Raises DataError for others."""
+    parts = text.split(":")
     try:
-        parts = [float(part) for part in text.split(":")]
-        first, last, step = parts if len(parts) == 3 else (parts[0], parts[0], 1.0) if len(parts) == 1 else ()
+        first, last, step = map(float, parts if len(parts) != 1 else (*parts, *parts, "1"))
     except ValueError:
         raise DataError(f"--alphas {text}: expected FROM:TO:STEP, such as 0:2:0.1, or one number.") from None
     if not (0 <= first <= last < float("inf") and 0 < step < float("inf")):
