@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from odqa.artifacts import Draft, sha256_file
+from odqa.artifacts import Draft, sha256_file, sha256_json
 from odqa.corpus.store import PassageStore
 from odqa.errors import DataError
 from odqa.models import embedded_folder, quiet_loading
@@ -202,6 +202,33 @@ def fingerprint(folder: Path) -> str:
         if file.suffix == files[0].suffix:  # safetensors alone, if both kinds are there: transformers loads these
             digest.update(sha256_file(file).encode())
     return digest.hexdigest()
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """sha256 of what a model folder does to a text before the model: its tokenizer's rules, and perhaps lower case.
+
+    Of tokenizer.json how it is spaced, and how it pads and cuts, do not count: the encoder does that itself. A folder
+    without that file goes by its vocabulary and settings.
+    """
+    rules = _json(folder / "tokenizer.json")
+    if rules is None:
+        names = (
+            "vocab.txt",
+            "vocab.json",
+            "merges.txt",
+            "sentencepiece.bpe.model",
+            "spiece.model",
+            "tokenizer_config.json",
+        )
+        rules = {name: sha256_file(folder / name) for name in names if (folder / name).is_file()}
+    else:
+        rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    return sha256_json([rules, _is_lower_cased(folder)])
+
+
+def _is_lower_cased(folder: Path) -> bool:
+    """Whether a sentence-transformers folder wants its texts in lower case before the tokenizer sees them."""
+    return bool((_json(folder / "sentence_bert_config.json") or {}).get("do_lower_case"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,7 +434,7 @@ def _load_tokenizer(folder: Path) -> Any:
     unknown = set(tokenizer.model_input_names) - set(_FIELDS)
     if unknown or getattr(tokenizer, "backend_tokenizer", None) is None:
         raise DataError(f"encoder {folder}: its tokenizer has no fast form, or inputs beside {', '.join(_FIELDS)}.")
-    if (_json(folder / "sentence_bert_config.json") or {}).get("do_lower_case"):
+    if _is_lower_cased(folder):
         from tokenizers import normalizers
 
         own = tokenizer.backend_tokenizer.normalizer

@@ -21,7 +21,7 @@ from odqa.artifacts import Artifact, building, load_artifact, sha256_json
 from odqa.corpus.store import PART_ROWS, PassageStore, save_store
 from odqa.errors import ArtifactError, ArtifactMismatch
 from odqa.retrieve.bm25 import Bm25Searcher, Bm25Settings, ReferenceSearcher, build_bm25, load_bm25
-from odqa.retrieve.dense import Encoder, EncoderSettings, fingerprint, save_passage_vectors
+from odqa.retrieve.dense import Encoder, EncoderSettings, fingerprint, save_passage_vectors, tokenizer_fingerprint
 from odqa.retrieve.fuse import Normalise, alpha_fusion, reciprocal_rank_fusion, weighted_fusion
 from odqa.retrieve.rankings import Rankings, Searcher, check_depth
 from odqa.retrieve.vectors import VectorSearcher, VectorSettings, build_vectors, load_vectors
@@ -71,7 +71,14 @@ def build_index(
             if not draft.has("dense/search/search.json"):
                 save_passage_vectors(dense, store, draft, "dense/vectors")
                 build_vectors(draft.path / "dense/vectors", vectors, draft, "dense/search")
-            draft.write_json("dense/encoder.json", {"settings": asdict(dense.resolved), "weights": inputs["encoder"]})
+            draft.write_json(
+                "dense/encoder.json",
+                {
+                    "settings": asdict(dense.resolved),
+                    "weights": inputs["encoder"],
+                    "tokenizer": tokenizer_fingerprint(dense.question_folder),
+                },
+            )
         if recipe is not None:
             draft.extra["settings"] = settings
         draft.measured["peak_memory_bytes"] = peak_memory_bytes()
@@ -129,7 +136,7 @@ class Index:
 
     @cached_property
     def dense(self) -> "DenseSearcher":
-        """The dense searcher. Raises ArtifactError without one, ArtifactMismatch for an encoder of other weights."""
+        """The dense searcher. Raises ArtifactError without one, ArtifactMismatch for another encoder."""
         if not self.has_dense:
             raise ArtifactError(f"{self.path}: this index has no vectors. Build one with an encoder in its recipe.")
         built = json.loads((self.path / "dense/encoder.json").read_text(encoding="utf-8"))
@@ -142,6 +149,11 @@ class Index:
             raise ArtifactMismatch(
                 f"{self.path}: built with {built['settings']['question_model']} of weights {expected[:8]}, but"
                 f" {settings.question_model} has weights {found[:8]}. Use that encoder or build the index again."
+            )
+        if "tokenizer" in built and tokenizer_fingerprint(encoder.question_folder) != built["tokenizer"]:
+            raise ArtifactMismatch(
+                f"{self.path}: built with another tokenizer than that of {settings.question_model}, though the weights"
+                " are the same. Use the tokenizer files of that time or build the index again."
             )
         vectors = load_vectors(self.path / "dense/search", self.path / "dense/vectors", search=self._search)
         return DenseSearcher(encoder, vectors)

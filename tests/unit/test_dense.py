@@ -15,7 +15,14 @@ import pytest
 from odqa.artifacts import Draft, sha256_file
 from odqa.corpus.store import PassageStore, save_store
 from odqa.errors import DataError, OdqaError
-from odqa.retrieve.dense import Encoder, EncoderSettings, fingerprint, resolve_model, save_passage_vectors
+from odqa.retrieve.dense import (
+    Encoder,
+    EncoderSettings,
+    fingerprint,
+    resolve_model,
+    save_passage_vectors,
+    tokenizer_fingerprint,
+)
 from odqa.types import Passage
 from tests.tiny_models import TEXT, WORDS, tiny_bert
 
@@ -403,6 +410,18 @@ def test_the_fingerprint_is_that_of_the_weights(bert: Path, tmp_path: Path) -> N
     (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
     assert fingerprint(copy) == fingerprint(bert)
     assert fingerprint(tiny_bert(tmp_path / "other", seed=1)) != fingerprint(bert)
+
+
+def test_the_fingerprint_of_a_tokenizer_is_that_of_its_rules(bert: Path, tmp_path: Path) -> None:
+    plain = tokenizer_fingerprint(bert)
+    assert tokenizer_fingerprint(cased(bert, tmp_path / "cased")) != plain
+    lower = sentence_transformers_folder(tmp_path / "lower", bert, {}, lower_case=True)
+    assert tokenizer_fingerprint(lower) != plain
+    for name, text in (("one", "a\nb"), ("same", "a\nb"), ("other", "b\na")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.txt").write_text(text)
+    one, same, other = (tokenizer_fingerprint(tmp_path / name) for name in ("one", "same", "other"))
+    assert one == same != other
 
 
 def test_a_model_that_is_not_there_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

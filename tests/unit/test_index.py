@@ -201,12 +201,29 @@ def test_an_index_older_than_prompts_is_asked_without_them(index: Index, tmp_pat
     shutil.copytree(index.path, tmp_path / "older")
     file = tmp_path / "older/dense/encoder.json"
     built = json.loads(file.read_text())
-    del built["settings"]["prompts"], built["settings"]["segments"]
+    del built["settings"]["prompts"], built["settings"]["segments"], built["tokenizer"]
     file.write_text(json.dumps(built))
     manifest = json.loads((tmp_path / "older/manifest.json").read_text())
     manifest["files"]["dense/encoder.json"]["bytes"] = file.stat().st_size
     (tmp_path / "older/manifest.json").write_text(json.dumps(manifest))
     assert load_index(tmp_path / "older").dense.encoder.settings == index.dense.encoder.settings
+
+
+def test_a_tokenizer_of_other_rules_is_refused_in_one_line(index: Index, tmp_path: Path) -> None:
+    """The same weights with other token ids give vectors of other texts."""
+    other = tiny_bert(tmp_path / "other")
+    file = other / "tokenizer.json"
+    rules = json.loads(file.read_text())
+    padding = {"strategy": {"Fixed": 8}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
+    file.write_text(json.dumps(rules | {"padding": padding | {"pad_to_multiple_of": None}}))  # and without indentation
+    assert load_index(index.path, encoder=str(other)).dense
+    rules["normalizer"]["lowercase"] = False
+    file.write_text(json.dumps(rules))
+    with pytest.raises(
+        ArtifactMismatch, match=r"another tokenizer than that of .*other, .*build the index again"
+    ) as error:
+        DenseRetriever(load_index(index.path, encoder=str(other)))
+    assert "\n" not in str(error.value)
 
 
 def test_an_encoder_that_moved_is_found_by_its_new_name(index: Index, tmp_path: Path) -> None:
