@@ -83,11 +83,16 @@ class Dense(Settings):
     passage_model: str | None = Field(None, description="another model for passages (DPR); null: the same")
     pooling: Literal["auto", "mean", "cls", "pooler"] = "auto"
     normalize: bool | None = None
-    query_prefix: str = ""
-    passage_prefix: str = ""
+    query_prefix: str = Field("", description='such as "query: " (E5)')
+    passage_prefix: str = Field("", description='such as "passage: " (E5); it stands before the title')
+    prompts: bool = Field(True, description="where no prefix is named, those that a sentence-transformers folder names")
     query_max_tokens: int | None = Field(None, ge=4)
     passage_max_tokens: int | None = Field(None, ge=4)
     titles: Literal["space", "newline", "pair", "none"] = "space"
+    segments: Literal["tokenizer", "zero"] = Field(
+        "tokenizer",
+        description="token types of a pair: the tokenizer's (0 and 1), or all 0 as DPR and Spider do",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     store_dtype: Literal["float16", "float32"] = "float16"
     vectors: Vectors = Vectors()
@@ -122,6 +127,21 @@ class HybridRetriever(Settings):
     weights: tuple[float, float] = Field((0.0325, 0.9675), description="of BM25 and dense scores")
     normalise: Literal["none", "min-max", "z-score"] = "none"
     c: float = Field(60.0, ge=0, description="the constant of reciprocal rank fusion")
+
+
+class AlphaHybridRetriever(Settings):
+    """Dense + alpha * BM25 over the union of both lists; a passage that one list lacks gets that list's lowest score.
+
+    As in arXiv 2104.05740 (DPR + BM25) and 2112.07708 (Spider + BM25). scripts/tune_fusion.py chooses alpha.
+    """
+
+    kind: Literal["alpha-hybrid"]
+    alpha: float = Field(ge=0, allow_inf_nan=False, description="what BM25's score weighs; chosen on tune questions")
+    depth: int = Field(1000, ge=1, description="passages taken from each list")
+    normalise: bool = Field(False, description="first bring each list to -0.5 ... 0.5, as Pyserini does when asked to")
+
+
+AnyRetriever = Bm25Retriever | DenseRetriever | HybridRetriever | AlphaHybridRetriever
 
 
 class CrossEncoder(Settings):
@@ -298,7 +318,7 @@ class PipelineRecipe(Settings):
 
     kind: Literal["pipeline"]
     index: str | None = Field(None, description="an index recipe, or the folder of an index")
-    retriever: Annotated[Bm25Retriever | DenseRetriever | HybridRetriever, Field(discriminator="kind")] | None = None
+    retriever: Annotated[AnyRetriever, Field(discriminator="kind")] | None = None
     k: int = Field(100, ge=1, description="passages that leave the retriever")
     reranker: RerankerSettings | None = None
     packer: PackerSettings = PackerSettings()

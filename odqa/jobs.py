@@ -42,6 +42,7 @@ from odqa.recipes import (
     load_recipe,
     load_variants,
     read_source,
+    with_defaults,
 )
 from odqa.replay import Replay, find_ranking, without_times
 from odqa.report import Published, Style, changed_table, comparison_table, explain_question, join, render, stage_table
@@ -146,7 +147,7 @@ def finished_artifact(folder: Path, kind: str, recipe: Recipe, log: Log) -> Arti
     except ArtifactError as error:
         log(f"warning: {error} Doing so now.")
         return None
-    return found if found.manifest["recipe"] == recipe.resolved else None
+    return found if with_defaults(found.manifest["recipe"], recipe) == recipe.resolved else None
 
 
 def _encoder_weights(settings: "EncoderSettings") -> dict[str, str]:

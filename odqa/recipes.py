@@ -10,6 +10,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -117,6 +118,30 @@ def load_variants(recipe: Recipe) -> list[Recipe]:
     if mistakes:
         raise RecipeError("\n".join(mistakes))
     return loaded
+
+
+def save_setting(path: str | Path, key: str, value: float) -> None:
+    """Put a number in the place of the one that a recipe file has under "a.b"; all other text stays, comments too.
+
+    Raises RecipeError for a file that is not there, a key that the file lacks or that is not a number there, and for a
+    number that the recipe may not have; the file is then as before.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise RecipeError(f"{file}: no such file to write {key} into. Copy a recipe there first.")
+    load_recipe(file, settings={key: value})
+    text = file.read_bytes().decode("utf-8")
+    place = yaml.compose(text, yaml.SafeLoader)
+    for name in key.split("."):
+        pairs = place.value if isinstance(place, yaml.MappingNode) else []
+        place = next((node for found, node in pairs if found.value == name), None)
+    if not isinstance(place, yaml.ScalarNode) or not place.tag.endswith((":float", ":int")):
+        raise RecipeError(f"{file}: {key} is not written there as a number. Write one, then it can be replaced.")
+    number = format(Decimal(repr(value)), "f")  # YAML 1.1 reads 1e-05 as a text
+    changed = f"{text[: place.start_mark.index]}{number}{text[place.end_mark.index :]}"
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_bytes(changed.encode("utf-8"))
+    partial.replace(file)
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -386,6 +411,8 @@ def build_retriever(settings: config.PipelineRecipe, index: "Index | None") -> "
             return retrieve.DenseRetriever(index)
         case config.HybridRetriever():
             return retrieve.HybridRetriever(index, **chosen.model_dump(exclude={"kind"}))
+        case config.AlphaHybridRetriever():
+            return retrieve.AlphaHybridRetriever(index, **chosen.model_dump(exclude={"kind"}))
 
 
 def build_packer(settings: config.PackerSettings, reader: "Reader") -> "Packer":
@@ -524,13 +551,21 @@ def check_index_recipe(found: Mapping[str, Any], recipe: Recipe, folder: Path) -
 
     The passages may be others: `odqa index RECIPE --dump FILE` builds a recipe's index over a dump of one's own.
     """
-    wanted = recipe.resolved
-    differing = sorted(key for key in wanted if key != "passages" and found.get(key) != wanted[key])
+    wanted, built = recipe.resolved, with_defaults(found, recipe)
+    differing = sorted(key for key in wanted if key != "passages" and built.get(key) != wanted[key])
     if differing:
         raise ArtifactError(
             f"{folder}: built with other settings of {', '.join(differing)} than {recipe.path} has now. Build it again "
             f"with: odqa index {recipe.path}"
         )
+
+
+def with_defaults(found: Mapping[str, Any], recipe: Recipe) -> Mapping[str, Any]:
+    """The recipe in a manifest, with the defaults of settings that are newer than it; as it is if it is not one."""
+    try:
+        return type(recipe.settings).model_validate(found).model_dump(mode="json")
+    except ValidationError:
+        return found
 
 
 def index_folder(name: str, places: Places) -> tuple[Path, Recipe | None]:

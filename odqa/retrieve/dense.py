@@ -1,7 +1,8 @@
 """Bi-encoders: texts in, vectors out, with every setting that decides what a vector means kept beside the index.
 
-Any encoder that `transformers` loads: a sentence-transformers folder (its pooling, normalisation and length are read
-here, so that a query need not wait for that package's import), a plain encoder, or DPR's question and context encoders.
+Any encoder that `transformers` loads: a sentence-transformers folder (its pooling, normalisation, length and prompts
+are read here, so that a query need not wait for that package's import), a plain encoder (Contriever, E5), DPR's
+question and context encoders, or Spider's one encoder for both in the same layout.
 Encoding tokenises once, sorts by length and cuts batches by tokens; bfloat16 where the processor is fast at it.
 
 torch and transformers are imported when an encoder is loaded. This module knows nothing of search.
@@ -13,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from odqa.artifacts import Draft, sha256_file
+from odqa.artifacts import Draft, sha256_file, sha256_json
 from odqa.corpus.store import PassageStore
 from odqa.errors import DataError
 from odqa.models import embedded_folder, quiet_loading
@@ -27,8 +28,10 @@ from odqa.types import Passage
 if TYPE_CHECKING:
     import torch
 
+R = TypeVar("R")
 Pooling = Literal["auto", "mean", "cls", "pooler"]
 Titles = Literal["space", "newline", "pair", "none"]
+Segments = Literal["tokenizer", "zero"]
 
 PART_ROWS = 8192  # passages a part: a minute or two of work on two cores, which is what a kill costs at most
 _LENGTH_STEP = 8  # batches are padded to multiples of this, because ever-changing shapes make the CPU allocator grow
@@ -36,6 +39,7 @@ _LONGEST = 512  # tokens, if neither settings nor the folder know a limit
 # Names of a model's inputs, and of the fields of tokenizers.Encoding that fill them.
 _FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_PASSAGE_PROMPTS = ("document", "passage", "corpus")  # as encode_document of sentence-transformers says; one not empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +47,14 @@ class EncoderSettings:
     """What decides the vectors of a bi-encoder.
 
     `question_model` and `passage_model` are local folders, hub names or `embedded:all-MiniLM-L6-v2`; without a passage
-    model one model does both. `pooling`: "mean" over tokens, the first token ("cls"), the model's own "pooler" (DPR),
-    or "auto": what the folder says. `normalize`: unit length, or None for what the folder says (plain models: no).
-    `*_max_tokens` count special tokens; None is the folder's own length. `titles` puts "title text", "title\\ntext",
-    the pair [CLS] title [SEP] text [SEP] (DPR), or leaves titles out. `dtype` is that of the computation, `store_dtype`
-    that of the saved passage vectors.
+    model one model does both. `pooling`: "mean" over tokens, the first token ("cls"), the model's own "pooler" (of
+    DPR's classes both are the first token, projected if the model does so), or "auto": what the folder says.
+    `normalize`: unit length, or None for what the folder says (plain models: no). `prompts`: where no prefix is named,
+    take the folder's own (those of sentence-transformers' `encode_query` and `encode_document`). `*_max_tokens` count
+    special tokens; None is the folder's own length. `titles` puts "title text", "title\\ntext", the pair
+    [CLS] title [SEP] text [SEP] (DPR), or leaves titles out. `segments`: token types as the tokenizer gives them (1 for
+    the text of a pair), or all "zero", as the authors of DPR and Spider trained and encoded. `dtype` is that of the
+    computation, `store_dtype` that of the saved passage vectors.
     """
 
     question_model: str
@@ -56,9 +63,11 @@ class EncoderSettings:
     normalize: bool | None = None
     query_prefix: str = ""
     passage_prefix: str = ""
+    prompts: bool = True
     query_max_tokens: int | None = None
     passage_max_tokens: int | None = None
     titles: Titles = "space"
+    segments: Segments = "tokenizer"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     store_dtype: Literal["float16", "float32"] = "float16"
 
@@ -93,23 +102,33 @@ class Encoder:
 
     @cached_property
     def resolved(self) -> EncoderSettings:
-        """The settings with every open choice made as the folders' configurations say; loads no weights."""
+        """The settings with every open choice made as the folders' configurations say; loads no weights.
+
+        Raises DataError for two folders that leave the pooling or the normalisation open and say different things.
+        """
         settings = self.settings
         is_open = settings.pooling == "auto" or None in (
             settings.normalize,
             settings.query_max_tokens,
             settings.passage_max_tokens,
         )
-        if not is_open:
+        if not (is_open or settings.prompts):
             return settings
         question, passage = _FolderDefaults.load(self.question_folder), _FolderDefaults.load(self.passage_folder)
-        return replace(
+        pooling, normalize = settings.pooling, settings.normalize
+        resolved = replace(
             settings,
-            pooling=question.pooling if settings.pooling == "auto" else settings.pooling,
-            normalize=question.normalize if settings.normalize is None else settings.normalize,
+            pooling=_agreed("pooling", question.pooling, passage.pooling) if pooling == "auto" else pooling,
+            normalize=_agreed("normalize", question.normalize, passage.normalize) if normalize is None else normalize,
+            query_prefix=settings.query_prefix or (question.query_prompt if settings.prompts else ""),
+            passage_prefix=settings.passage_prefix or (passage.passage_prompt if settings.prompts else ""),
+            prompts=False,  # made: a folder that changes later changes nothing
             query_max_tokens=settings.query_max_tokens or question.max_tokens,
             passage_max_tokens=settings.passage_max_tokens or passage.max_tokens,
         )
+        _check_prompt(self.question_folder, question, resolved.query_prefix, resolved.pooling)
+        _check_prompt(self.passage_folder, passage, resolved.passage_prefix, resolved.pooling)
+        return resolved
 
     @property
     def width(self) -> int:
@@ -118,12 +137,12 @@ class Encoder:
 
     def encode_questions(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors of questions: float32 (Q, D), row i for text i."""
-        prefixed = [self.settings.query_prefix + text for text in texts]
+        prefixed = [self.resolved.query_prefix + text for text in texts]
         return self._question_tower.encode(prefixed, self.resolved.query_max_tokens)
 
     def encode_passages(self, passages: Sequence[Passage]) -> np.ndarray:
         """Vectors of passages: float32 (N, D), row i for passage i."""
-        texts = [self.settings.passage_text(passage) for passage in passages]
+        texts = [self.resolved.passage_text(passage) for passage in passages]
         return self._passage_tower.encode(texts, self.resolved.passage_max_tokens)
 
     @cached_property
@@ -185,6 +204,33 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def tokenizer_fingerprint(folder: Path) -> str:
+    """sha256 of what a model folder does to a text before the model: its tokenizer's rules, and perhaps lower case.
+
+    Of tokenizer.json how it is spaced, and how it pads and cuts, do not count: the encoder does that itself. A folder
+    without that file goes by its vocabulary and settings.
+    """
+    rules = _json(folder / "tokenizer.json")
+    if rules is None:
+        names = (
+            "vocab.txt",
+            "vocab.json",
+            "merges.txt",
+            "sentencepiece.bpe.model",
+            "spiece.model",
+            "tokenizer_config.json",
+        )
+        rules = {name: sha256_file(folder / name) for name in names if (folder / name).is_file()}
+    else:
+        rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    return sha256_json([rules, _is_lower_cased(folder)])
+
+
+def _is_lower_cased(folder: Path) -> bool:
+    """Whether a sentence-transformers folder wants its texts in lower case before the tokenizer sees them."""
+    return bool((_json(folder / "sentence_bert_config.json") or {}).get("do_lower_case"))
+
+
 @dataclass(frozen=True, slots=True)
 class _FolderDefaults:
     """What a model folder says about the use of its model."""
@@ -192,6 +238,9 @@ class _FolderDefaults:
     pooling: Literal["mean", "cls", "pooler"]
     normalize: bool
     max_tokens: int
+    query_prompt: str = ""
+    passage_prompt: str = ""
+    pools_prompts: bool = True
 
     @classmethod
     def load(cls, folder: Path) -> "_FolderDefaults":
@@ -210,6 +259,25 @@ class _FolderDefaults:
         return cls("pooler" if is_dpr else "mean", False, limit)
 
 
+def _agreed(name: str, question: R, passage: R) -> R:
+    """What both folders say. Raises DataError if they do not say the same."""
+    if question != passage:
+        raise DataError(
+            f"encoder: {name} is {question!r} by the question model's folder and {passage!r} by the passage model's. "
+            f"Name it in the recipe (dense.{name})."
+        )
+    return question
+
+
+def _check_prompt(folder: Path, says: _FolderDefaults, prefix: str, pooling: Pooling) -> None:
+    """Raises DataError if the folder wants the mean over the text without its prompt, which nothing here computes."""
+    if prefix and pooling == "mean" and not says.pools_prompts:
+        raise DataError(
+            f"encoder {folder}: its Pooling leaves the prompt out of the mean (include_prompt: false), which is not "
+            f"supported; the prompt is {prefix!r}. Use another encoder."
+        )
+
+
 def _sentence_transformers_defaults(folder: Path, modules: list[dict[str, str]], limit: int) -> _FolderDefaults:
     """Read modules.json and what it points to; only Transformer, Pooling and Normalize are understood."""
     kinds = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
@@ -226,7 +294,15 @@ def _sentence_transformers_defaults(folder: Path, modules: list[dict[str, str]],
         raise DataError(f"encoder {folder}: pooling {' and '.join(chosen) or 'missing'}; mean and cls are supported.")
     length = (_json(folder / "sentence_bert_config.json") or {}).get("max_seq_length")
     mode: Any = modes[chosen[0]]
-    return _FolderDefaults(mode, "Normalize" in kinds, length or limit)
+    prompts = (_json(folder / "config_sentence_transformers.json") or {}).get("prompts") or {}
+    return _FolderDefaults(
+        mode,
+        "Normalize" in kinds,
+        length or limit,
+        query_prompt=prompts.get("query") or "",
+        passage_prompt=next((prompts[name] for name in _PASSAGE_PROMPTS if prompts.get(name)), ""),
+        pools_prompts=pooling.get("include_prompt", True),
+    )
 
 
 def _json(path: Path) -> Any:
@@ -246,7 +322,7 @@ class _Tower:
         self._device = choose_device(device)
         self._settings = settings
         self._batch_tokens = batch_tokens
-        self._model = _load_model(folder, choose_dtype(settings.dtype, self._device)).to(self._device)
+        self._model = _load_model(folder, choose_dtype(settings.dtype, self._device), settings.pooling).to(self._device)
         self._tokenizer = _load_tokenizer(folder)
         self._positions = getattr(self._model.config, "max_position_embeddings", None) or _LONGEST
         _check_length(folder, settings, self._positions)
@@ -281,7 +357,8 @@ class _Tower:
         inputs["input_ids"] += self._tokenizer.pad_token_id or 0
         for row, encoding in enumerate(encodings):
             for name, values in inputs.items():
-                values[row, : len(encoding.ids)] = getattr(encoding, _FIELDS[name])
+                if name != "token_type_ids" or self._settings.segments == "tokenizer":
+                    values[row, : len(encoding.ids)] = getattr(encoding, _FIELDS[name])
         tensors = {name: torch.from_numpy(values).to(self._device) for name, values in inputs.items()}
         vectors = _pool(self._model(**tensors), tensors["attention_mask"], self._settings.pooling)
         if self._settings.normalize:
@@ -296,8 +373,11 @@ def _check_length(folder: Path, settings: EncoderSettings, positions: int) -> No
 
 
 def _pool(output: Any, mask: "torch.Tensor", pooling: Pooling) -> "torch.Tensor":
-    """One float32 vector a text (B, D). DPR's models give theirs, projected, as `pooler_output`."""
-    if pooling == "pooler":
+    """One float32 vector a text (B, D). DPR's classes give theirs, the first token's, projected, as `pooler_output`."""
+    is_dpr = not hasattr(output, "last_hidden_state")
+    if is_dpr and pooling == "mean":
+        raise DataError("pooling: mean asks for all tokens, of which DPR's classes give only the first. Use cls.")
+    if is_dpr or pooling == "pooler":
         pooled: torch.Tensor | None = getattr(output, "pooler_output", None)
         if pooled is None:
             raise DataError("pooling: pooler asks for a pooler that this encoder does not have. Use mean or cls.")
@@ -313,7 +393,8 @@ def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def _load_model(folder: Path, dtype: "torch.dtype") -> Any:
+def _load_model(folder: Path, dtype: "torch.dtype", pooling: Pooling) -> Any:
+    """The model in eval mode. Raises DataError for one that does not load, or lacks weights that its vectors need."""
     import transformers
 
     config = _json(folder / "config.json") or {}
@@ -326,9 +407,20 @@ def _load_model(folder: Path, dtype: "torch.dtype") -> Any:
     loader: Any = getattr(transformers, name)
     try:
         with quiet_loading():
-            return loader.from_pretrained(str(folder), dtype=dtype, local_files_only=True).eval()
+            model, report = loader.from_pretrained(
+                str(folder), dtype=dtype, local_files_only=True, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"encoder {folder}: transformers cannot load it ({str(error).splitlines()[0]}).") from error
+    # transformers draws weights that a file lacks at random and only warns: vectors of noise, hits that look like hits.
+    needs_pooler = pooling == "pooler"
+    missing = sorted(key for key in report["missing_keys"] if needs_pooler or not key.startswith("pooler."))
+    if missing:
+        raise DataError(
+            f"encoder {folder}: {len(missing)} weights that {type(model).__name__} needs are not in its files "
+            f"({missing[0]}, ...). Check architectures in its config.json{' or pool by mean or cls' * needs_pooler}."
+        )
+    return model.eval()
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -342,6 +434,12 @@ def _load_tokenizer(folder: Path) -> Any:
     unknown = set(tokenizer.model_input_names) - set(_FIELDS)
     if unknown or getattr(tokenizer, "backend_tokenizer", None) is None:
         raise DataError(f"encoder {folder}: its tokenizer has no fast form, or inputs beside {', '.join(_FIELDS)}.")
+    if _is_lower_cased(folder):
+        from tokenizers import normalizers
+
+        own = tokenizer.backend_tokenizer.normalizer
+        lower = normalizers.Lowercase()
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([lower, own]) if own else lower
     return tokenizer
 
 

@@ -1,6 +1,6 @@
 """Fusion of several rankings of the same queries into one.
 
-Both ways are sums over the lists of something a list gives to its rows, so both reduce to `_sum_by_row`. Pure functions
+All ways are sums over the lists of something a list gives to its rows, so both reduce to `_sum_by_row`. Pure functions
 of arrays; they know no passages. Ties: lower row first.
 """
 
@@ -34,10 +34,27 @@ def weighted_fusion(
     standard deviation 1 (a list of equal scores becomes zeros in both), "none" keeps the scores.
     Raises ValueError if `runs` is empty or of unequal length, or if there is not one weight a run.
     """
-    _check(runs)
     if len(weights) != len(runs):
         raise ValueError(f"{len(weights)} weights for {len(runs)} runs; give one each")
-    scores = [_NORMALISERS[normalise](_masked(run)) for run in runs]
+    return _weighted_sum(runs, weights, k, _NORMALISERS[normalise])
+
+
+def alpha_fusion(sparse: Rankings, dense: Rankings, k: int, *, alpha: float, normalise: bool = False) -> Rankings:
+    """Fuse as published: score(p) = dense(p) + alpha * sparse(p) over the union of both lists.
+
+    A list that lacks p gives it its lowest score, so a list of a single hit decides nothing. `normalise`: each list
+    becomes (s - (min + max) / 2) / (max - min) first; one of equal scores becomes zeros (Pyserini divides by zero).
+    Source: Ma et al. 2021, arXiv 2104.05740, as Pyserini's HybridSearcher computes it; the hybrid of Spider (Ram et al.
+    2022, arXiv 2112.07708) is the same without normalisation, its lambda being alpha.
+    Raises ValueError if the lists are not of the same queries.
+    """
+    normaliser = _centred if normalise else _NORMALISERS["none"]
+    return _weighted_sum((sparse, dense), (alpha, 1.0), k, normaliser)
+
+
+def _weighted_sum(runs: Sequence[Rankings], weights: Sequence[float], k: int, normaliser: "_Normaliser") -> Rankings:
+    _check(runs)
+    scores = [normaliser(_masked(run)) for run in runs]
     lowest = [np.ma.filled(list_scores.min(axis=1), 0.0) for list_scores in scores]
     # With s_l(p) = min_l where list l lacks p:
     # sum over l of w_l s_l(p)  =  sum over l of w_l min_l  +  sum over those l that have p of w_l (s_l(p) - min_l)
@@ -59,6 +76,11 @@ def _min_max(scores: np.ma.MaskedArray) -> np.ma.MaskedArray:
     return _divide(scores - low, high - low)
 
 
+def _centred(scores: np.ma.MaskedArray) -> np.ma.MaskedArray:
+    low, high = scores.min(axis=1, keepdims=True), scores.max(axis=1, keepdims=True)
+    return _divide(scores - (low + high) / 2, high - low)
+
+
 def _z_score(scores: np.ma.MaskedArray) -> np.ma.MaskedArray:
     return _divide(scores - scores.mean(axis=1, keepdims=True), scores.std(axis=1, keepdims=True))
 
@@ -70,7 +92,8 @@ def _divide(values: np.ma.MaskedArray, spread: np.ma.MaskedArray) -> np.ma.Maske
     return quotient
 
 
-_NORMALISERS: dict[Normalise, Callable[[np.ma.MaskedArray], np.ma.MaskedArray]] = {
+_Normaliser = Callable[[np.ma.MaskedArray], np.ma.MaskedArray]
+_NORMALISERS: dict[Normalise, _Normaliser] = {
     "none": lambda scores: scores,
     "min-max": _min_max,
     "z-score": _z_score,

@@ -11,9 +11,9 @@ What a pipeline does not use is not loaded: BM25 alone imports neither torch nor
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,8 +21,8 @@ from odqa.artifacts import Artifact, building, load_artifact, sha256_json
 from odqa.corpus.store import PART_ROWS, PassageStore, save_store
 from odqa.errors import ArtifactError, ArtifactMismatch
 from odqa.retrieve.bm25 import Bm25Searcher, Bm25Settings, ReferenceSearcher, build_bm25, load_bm25
-from odqa.retrieve.dense import Encoder, EncoderSettings, fingerprint, save_passage_vectors
-from odqa.retrieve.fuse import Normalise, reciprocal_rank_fusion, weighted_fusion
+from odqa.retrieve.dense import Encoder, EncoderSettings, fingerprint, save_passage_vectors, tokenizer_fingerprint
+from odqa.retrieve.fuse import Normalise, alpha_fusion, reciprocal_rank_fusion, weighted_fusion
 from odqa.retrieve.rankings import Rankings, Searcher, check_depth
 from odqa.retrieve.vectors import VectorSearcher, VectorSettings, build_vectors, load_vectors
 from odqa.runtime import peak_memory_bytes
@@ -71,7 +71,14 @@ def build_index(
             if not draft.has("dense/search/search.json"):
                 save_passage_vectors(dense, store, draft, "dense/vectors")
                 build_vectors(draft.path / "dense/vectors", vectors, draft, "dense/search")
-            draft.write_json("dense/encoder.json", {"settings": asdict(dense.resolved), "weights": inputs["encoder"]})
+            draft.write_json(
+                "dense/encoder.json",
+                {
+                    "settings": asdict(dense.resolved),
+                    "weights": inputs["encoder"],
+                    "tokenizer": tokenizer_fingerprint(dense.question_folder),
+                },
+            )
         if recipe is not None:
             draft.extra["settings"] = settings
         draft.measured["peak_memory_bytes"] = peak_memory_bytes()
@@ -129,11 +136,11 @@ class Index:
 
     @cached_property
     def dense(self) -> "DenseSearcher":
-        """The dense searcher. Raises ArtifactError without one, ArtifactMismatch for an encoder of other weights."""
+        """The dense searcher. Raises ArtifactError without one, ArtifactMismatch for another encoder."""
         if not self.has_dense:
             raise ArtifactError(f"{self.path}: this index has no vectors. Build one with an encoder in its recipe.")
         built = json.loads((self.path / "dense/encoder.json").read_text(encoding="utf-8"))
-        settings = EncoderSettings(**built["settings"])
+        settings = EncoderSettings(**{"prompts": False, **built["settings"]})  # older ones were built without prompts
         if self._encoder is not None:
             settings = replace(settings, question_model=self._encoder, passage_model=None)
         encoder = Encoder(settings, device=self._device)
@@ -142,6 +149,11 @@ class Index:
             raise ArtifactMismatch(
                 f"{self.path}: built with {built['settings']['question_model']} of weights {expected[:8]}, but"
                 f" {settings.question_model} has weights {found[:8]}. Use that encoder or build the index again."
+            )
+        if "tokenizer" in built and tokenizer_fingerprint(encoder.question_folder) != built["tokenizer"]:
+            raise ArtifactMismatch(
+                f"{self.path}: built with another tokenizer than that of {settings.question_model}, though the weights"
+                " are the same. Use the tokenizer files of that time or build the index again."
             )
         vectors = load_vectors(self.path / "dense/search", self.path / "dense/vectors", search=self._search)
         return DenseSearcher(encoder, vectors)
@@ -211,7 +223,25 @@ class HybridRetriever(_SearchRetriever):
         normalise: Normalise = "none",
         c: float = 60.0,
     ) -> None:
-        super().__init__(index, _HybridSearcher(index.bm25, index.dense, depth, fusion, weights, normalise, c))
+        fuse = partial(weighted_fusion, weights=weights, normalise=normalise)
+        if fusion == "rrf":
+            fuse = partial(reciprocal_rank_fusion, c=c)
+        super().__init__(index, _HybridSearcher(index.bm25, index.dense, depth, fuse))
+
+
+class AlphaHybridRetriever(_SearchRetriever):
+    """Dense + alpha * BM25 as published; see `odqa.retrieve.fuse.alpha_fusion`. `depth` of each list, at least k.
+
+    The papers take 1,000 of each. Alpha depends on the encoder's scale, so it has no default: choose it on tune
+    questions (scripts/tune_fusion.py).
+    """
+
+    def __init__(self, index: Index, *, alpha: float, depth: int = 1000, normalise: bool = False) -> None:
+        def fuse(runs: Sequence[Rankings], *, k: int) -> Rankings:
+            sparse, dense = runs
+            return alpha_fusion(sparse, dense, k, alpha=alpha, normalise=normalise)
+
+        super().__init__(index, _HybridSearcher(index.bm25, index.dense, depth, fuse))
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,16 +249,11 @@ class _HybridSearcher:
     bm25: Searcher
     dense: Searcher
     depth: int
-    fusion: Literal["weighted", "rrf"]
-    weights: tuple[float, float]
-    normalise: Normalise
-    c: float
+    fuse: Callable[..., Rankings]  # of the two runs, and k by its name
 
     def search(self, texts: Sequence[str], k: int) -> Rankings:
         runs = [searcher.search(texts, max(k, self.depth)) for searcher in (self.bm25, self.dense)]
-        if self.fusion == "rrf":
-            return reciprocal_rank_fusion(runs, k, c=self.c)
-        return weighted_fusion(runs, self.weights, k, normalise=self.normalise)
+        return self.fuse(runs, k=k)
 
 
 def _fingerprints(encoder: Encoder) -> dict[str, str]:
@@ -240,5 +265,7 @@ def _fingerprints(encoder: Encoder) -> dict[str, str]:
 if TYPE_CHECKING:
     from odqa.stages import Retriever
 
-    def _is_retriever(bm25: Bm25Retriever, dense: DenseRetriever, hybrid: HybridRetriever) -> tuple[Retriever, ...]:
-        return bm25, dense, hybrid
+    def _is_retriever(
+        bm25: Bm25Retriever, dense: DenseRetriever, hybrid: HybridRetriever, alpha: AlphaHybridRetriever
+    ) -> tuple[Retriever, ...]:
+        return bm25, dense, hybrid, alpha

@@ -14,9 +14,11 @@ import yaml
 
 from odqa import config
 from odqa.artifacts import load_artifact
-from odqa.recipes import load_recipe
+from odqa.recipes import build_retriever, load_recipe
+from odqa.retrieve.index import AlphaHybridRetriever, load_index
 from tests.command_line import ok, refused
 from tests.small_world import TOWNS, World, questions, tiny_dpr, write_jsonl, write_psgs, write_qa_csv
+from tests.tiny_models import tiny_bert
 
 ROOT = Path(__file__).parents[2]
 INDEX, PIPELINE, EVAL = (ROOT / folder / "nq-open.yaml" for folder in ("indexes", "pipelines", "eval"))
@@ -46,6 +48,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """DPR's question and context encoders, and a plain encoder."""
+    folder = tmp_path_factory.mktemp("models")
+    return *tiny_dpr(folder, window=512), tiny_bert(folder / "plain", window=512)
+
+
+@pytest.fixture(scope="module")
 def index(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The index of the shipped recipe: DPR's two encoders, and an IVF-PQ index of the same kind with 4 lists."""
     question, context = tiny_dpr(tmp_path_factory.mktemp("dpr"))
@@ -65,7 +74,7 @@ def index(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pipeline(world: World, index: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped pipeline over the small index with a tiny chat model, saved as `odqa check` prints it."""
     changes = {"index": index, "reader.model": world.lm, "reader.max_new_tokens": 4, "reader.dtype": "float32"}
-    changes["retriever.weights"] = "[1000, 1]"  # random encoders score in the thousands
+    changes["retriever.alpha"] = 1000  # random encoders score in the thousands
     path = tmp_path_factory.mktemp("pipelines") / "nq-open.yaml"
     path.write_text(ok("check", PIPELINE, *_set(changes)).out, encoding="utf-8")
     return path
@@ -83,10 +92,10 @@ def test_the_recipes_name_the_full_run() -> None:
         "facebook/dpr-question_encoder-single-nq-base",
         "facebook/dpr-ctx_encoder-single-nq-base",
     )
-    assert (index.dense.pooling, index.dense.titles) == ("pooler", "pair")
+    assert (index.dense.pooling, index.dense.titles, index.dense.segments) == ("pooler", "pair", "zero")
     lists = int(str(index.dense.vectors.faiss).split(",")[0].removeprefix("IVF"))
     assert index.dense.vectors.train_rows >= 39 * lists  # FAISS warns below 39 vectors a list
-    assert isinstance(pipeline, config.PipelineRecipe) and isinstance(pipeline.retriever, config.HybridRetriever)
+    assert isinstance(pipeline, config.PipelineRecipe) and isinstance(pipeline.retriever, config.AlphaHybridRetriever)
     assert isinstance(pipeline.reader, config.LmReaderSettings) and pipeline.reader.model.count("/") == 1
     assert isinstance(evaluation, config.EvalRecipe)
     assert [variant.recipe for variant in evaluation.pipelines] == ["pipelines/nq-open.yaml"]
@@ -106,6 +115,60 @@ def test_psgs_w100_becomes_an_index_of_terms_and_compressed_vectors(index: Path)
     assert json.loads((index / "dense/search/search.json").read_text()) == {
         "rows": 60, "width": 16, "faiss": "IVF4,PQ8x4", "search": {"nprobe": 4},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["nq-open", "nq-open-spider", "nq-open-spider-nq", "nq-open-contriever", "nq-open-e5"])
+def test_every_encoders_recipe_builds_an_index_that_its_questions_fit(
+    data: Path, name: str, tmp_path: Path, models: tuple[Path, Path, Path]
+) -> None:
+    """The shipped recipes with small models in the layout of theirs; what each fixes is what the index then has."""
+    question, context, bert = models
+    wanted = load_recipe(ROOT / "indexes" / f"{name}.yaml").settings
+    assert isinstance(wanted, config.IndexRecipe) and wanted.dense is not None
+    is_plain = wanted.dense.titles == "space"
+    towers = wanted.dense.passage_model is not None
+    changes: dict[str, object] = {"dense.question_model": bert if is_plain else question if towers else context}
+    if towers:
+        changes["dense.passage_model"] = context
+    changes |= {"dense.dtype": "float32", "dense.vectors": "{}"}
+    ok("index", ROOT / "indexes" / f"{name}.yaml", "--data", data, "--out", tmp_path / "index", *_set(changes))
+    index = load_index(tmp_path / "index")
+    built, kept = index.dense.encoder.settings, wanted.dense
+    fixed = (
+        "pooling",
+        "titles",
+        "segments",
+        "query_prefix",
+        "passage_prefix",
+        "query_max_tokens",
+        "passage_max_tokens",
+    )
+    assert {key: getattr(built, key) for key in fixed} == {key: getattr(kept, key) for key in fixed}
+    assert built.normalize is kept.normalize
+    # The retriever of the shipped pipelines, against the rule of arXiv 2104.05740 written down passage by passage.
+    shipped = "nq-open-spider" if "spider" in name else "nq-open"
+    pipeline = load_recipe(ROOT / "pipelines" / f"{shipped}.yaml").settings
+    assert isinstance(pipeline, config.PipelineRecipe)
+    retriever = build_retriever(pipeline, index)
+    assert isinstance(retriever, AlphaHybridRetriever) and isinstance(pipeline.retriever, config.AlphaHybridRetriever)
+    texts = [row["question"] for row in questions()]
+    found = retriever.rank(texts, 20)
+    both = [searcher.search(texts, 60) for searcher in (index.bm25, index.dense)]
+    for query in range(len(texts)):
+        sparse, dense = (
+            {
+                row: score
+                for row, score in zip(run.rows[query].tolist(), run.scores[query].tolist(), strict=True)
+                if row >= 0
+            }
+            for run in both
+        )
+        rule = {
+            row: dense.get(row, min(dense.values())) + pipeline.retriever.alpha * sparse.get(row, min(sparse.values()))
+            for row in {*sparse, *dense}
+        }
+        assert found.scores[query] == pytest.approx(sorted(rule.values(), reverse=True)[:20], rel=1e-5)
+        assert [rule[row] for row in found.rows[query].tolist()] == pytest.approx(found.scores[query], rel=1e-5)
 
 
 def test_csv_quotes_of_psgs_w100_are_read_as_dpr_writes_them(data: Path, index: Path, pipeline: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,14 @@ import pytest
 from odqa.artifacts import Draft, sha256_file
 from odqa.corpus.store import PassageStore, save_store
 from odqa.errors import DataError, OdqaError
-from odqa.retrieve.dense import Encoder, EncoderSettings, fingerprint, resolve_model, save_passage_vectors
+from odqa.retrieve.dense import (
+    Encoder,
+    EncoderSettings,
+    fingerprint,
+    resolve_model,
+    save_passage_vectors,
+    tokenizer_fingerprint,
+)
 from odqa.types import Passage
 from tests.tiny_models import TEXT, WORDS, tiny_bert
 
@@ -61,6 +69,45 @@ def dpr(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
     return folders
 
 
+Peer = Callable[..., np.ndarray]
+
+
+def cased(bert: Path, folder: Path) -> Path:
+    """The same model with a tokenizer that leaves capitals as they are, all unknown to it."""
+    shutil.copytree(bert, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"]["lowercase"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"do_lower_case": False}))
+    return folder
+
+
+def sentence_transformers_folder(
+    folder: Path, model: Path, prompts: dict[str, str], *, lower_case: bool = False, include_prompt: bool = True
+) -> Path:
+    """A model in the folder layout of sentence-transformers, written by hand as its published ones are."""
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    (folder / "1_Pooling").mkdir()
+    files: dict[str, Any] = {
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        ],
+        "sentence_bert_config.json": {"max_seq_length": 40, "do_lower_case": lower_case},
+        "config_sentence_transformers.json": {"prompts": prompts, "default_prompt_name": None},
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": 32,
+            "pooling_mode_cls_token": False,
+            "pooling_mode_mean_tokens": True,
+            "include_prompt": include_prompt,
+        },
+    }
+    for name, value in files.items():
+        (folder / name).write_text(json.dumps(value))
+    return folder
+
+
 def float32(model: Path | str, **settings: object) -> Encoder:
     return Encoder(EncoderSettings(str(model), dtype="float32", **settings), device="cpu")  # type: ignore[arg-type]
 
@@ -83,21 +130,141 @@ def test_equals_sentence_transformers(sentence_transformer: Path) -> None:
 
 
 @pytest.mark.peers
-def test_equals_dprs_own_classes(dpr: dict[str, Path]) -> None:
-    from transformers import AutoTokenizer, DPRContextEncoder, DPRQuestionEncoder
+@pytest.mark.parametrize("passage_prompt", ["document", "passage", "corpus"])
+def test_prompts_and_lower_case_are_those_of_a_sentence_transformers_folder(
+    bert: Path, tmp_path: Path, passage_prompt: str
+) -> None:
+    from sentence_transformers import SentenceTransformer
 
-    encoder = float32(dpr["question"], passage_model=str(dpr["context"]), titles="pair", passage_max_tokens=64)
+    folder = sentence_transformers_folder(
+        tmp_path, cased(bert, tmp_path / "cased"), {"query": "question: ", passage_prompt: "one two "}, lower_case=True
+    )
+    peer = SentenceTransformer(str(folder), device="cpu")
+    shouted = [text.upper() for text in TEXTS]
+    assert cosine(float32(folder).encode_questions(shouted), peer.encode_query(shouted)).min() > 0.99999
+    passages = [Passage(p.id, p.text.upper(), p.title.upper()) for p in PASSAGES]
+    # By its docstring encode_document takes any of the three; sentence-transformers 6.2 in fact finds "document" alone.
+    theirs = peer.encode([f"{p.title} {p.text}" for p in passages], prompt_name=passage_prompt)
+    assert cosine(float32(folder).encode_passages(passages), theirs).min() > 0.99999
+    resolved = float32(folder).resolved
+    assert (resolved.query_prefix, resolved.passage_prefix, resolved.prompts) == ("question: ", "one two ", False)
+    plain = float32(folder, prompts=False).encode_questions(shouted)
+    assert cosine(plain, peer.encode(shouted, prompt="")).min() > 0.99999
+    assert float32(folder, query_prefix="who ").resolved.query_prefix == "who "  # the recipe's own comes first
+
+
+LAYOUTS = ["dpr", "dpr with the tokenizer's segments", "spider", "contriever", "e5"]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch_tokens", [1, 100_000], ids=["alone", "together"])
+def test_equals_the_code_that_a_layouts_authors_publish(
+    layout: str, batch_tokens: int, bert: Path, dpr: dict[str, Path]
+) -> None:
+    """Texts one by one through transformers' classes, so nothing of the peer's is padded; ours in batches or alone."""
+    settings, question_peer, passage_peer = peers_of(layout, bert, dpr)
+    encoder = Encoder(EncoderSettings(**settings, dtype="float32"), device="cpu", batch_tokens=batch_tokens)
+    passages = [*PASSAGES, Passage("long", " ".join(WORDS * 3), " ".join(WORDS[:40])), Passage("no title", "old gold")]
+    questions = [*TEXTS, " ".join(WORDS * 2)]
+    assert cosine(encoder.encode_questions(questions), np.stack([question_peer(q) for q in questions])).min() > 0.99999
+    found, expected = encoder.encode_passages(passages), np.stack([passage_peer(p) for p in passages])
+    assert cosine(found, expected).min() > 0.99999
+    assert found == pytest.approx(expected, abs=1e-4)  # the length too: an inner product feels it
+
+
+def peers_of(layout: str, bert: Path, dpr: dict[str, Path]) -> tuple[dict[str, Any], Peer, Peer]:
+    """Settings for a layout, and how its authors encode a question and a passage, cut at 64 and 96 tokens."""
+    from transformers import AutoModel, AutoTokenizer, DPRContextEncoder, DPRQuestionEncoder
+
+    common = {"query_max_tokens": 64, "passage_max_tokens": 96}
+    if layout in ("contriever", "e5"):
+        model, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
+
+        def mean(text: str, longest: int) -> np.ndarray:
+            batch = tokenizer([text], return_tensors="pt", truncation=True, max_length=longest)
+            with torch.inference_mode():
+                states, mask = model(**batch).last_hidden_state, batch["attention_mask"]
+            pooled = states.masked_fill(~mask[..., None].bool(), 0.0).sum(dim=1) / mask.sum(dim=1)[..., None]
+            if layout == "e5":
+                pooled = torch.nn.functional.normalize(pooled, p=2, dim=1)
+            return np.asarray(pooled[0].numpy())
+
+        query, passage = ("query: ", "passage: ") if layout == "e5" else ("", "")
+        own = {"question_model": str(bert), "pooling": "mean", "normalize": layout == "e5"}
+        return (
+            common | own | {"query_prefix": query, "passage_prefix": passage},
+            lambda text: mean(query + text, 64),
+            lambda p: mean(passage + (f"{p.title} {p.text}" if p.title else p.text), 96),
+        )
+
+    folders = {"question": dpr["context"] if layout == "spider" else dpr["question"], "context": dpr["context"]}
+    question_class = DPRContextEncoder if layout == "spider" else DPRQuestionEncoder
+    towers = {
+        "question": question_class.from_pretrained(folders["question"]).eval(),
+        "context": DPRContextEncoder.from_pretrained(folders["context"]).eval(),
+    }
     tokenizer = AutoTokenizer.from_pretrained(dpr["context"])
-    with torch.inference_mode():
-        for text, found in zip(TEXTS, encoder.encode_questions(TEXTS), strict=True):
-            batch = tokenizer([text], return_tensors="pt", truncation=True, max_length=128)
-            peer = DPRQuestionEncoder.from_pretrained(dpr["question"])(**batch).pooler_output.numpy()
-            assert found == pytest.approx(peer[0], abs=1e-5)
-        model = DPRContextEncoder.from_pretrained(dpr["context"]).eval()
-        for passage, found in zip(PASSAGES, encoder.encode_passages(PASSAGES), strict=True):
-            batch = tokenizer([passage.title], [passage.text], return_tensors="pt", truncation=True, max_length=64)
-            assert found == pytest.approx(model(**batch).pooler_output.numpy()[0], abs=1e-5)
-    assert encoder.width == 24
+
+    def first(tower: str, longest: int, *texts: str) -> np.ndarray:
+        batch = tokenizer(*[[text] for text in texts], return_tensors="pt", truncation=True, max_length=longest)
+        if layout in ("dpr", "spider"):
+            del batch["token_type_ids"]
+        with torch.inference_mode():
+            return np.asarray(towers[tower](**batch).pooler_output[0].numpy())
+
+    own = {"question_model": str(folders["question"]), "titles": "pair"}
+    own |= {} if layout == "spider" else {"passage_model": str(folders["context"])}
+    own |= {"pooling": "cls" if layout == "spider" else "pooler"}
+    own |= {} if "segments" in layout else {"segments": "zero"}
+    return common | own, lambda text: first("question", 64, text), lambda p: first("context", 96, p.title, p.text)
+
+
+def test_dprs_folders_have_the_names_of_the_published_checkpoints(dpr: dict[str, Path]) -> None:
+    from safetensors import safe_open
+
+    for name, prefix in (("question", "question_encoder.bert_model."), ("context", "ctx_encoder.bert_model.")):
+        with safe_open(dpr[name] / "model.safetensors", "pt") as file:
+            keys = list(file.keys())
+        assert f"{prefix}embeddings.word_embeddings.weight" in keys
+        assert all(key.startswith(prefix.split(".")[0]) for key in keys)
+
+
+def test_segments_change_the_vector_of_a_pair_and_of_nothing_else(dpr: dict[str, Path]) -> None:
+    settings: dict[str, Any] = {"passage_model": str(dpr["context"]), "titles": "pair"}
+    tokenizers, zero = float32(dpr["question"], **settings), float32(dpr["question"], **settings, segments="zero")
+    assert tokenizers.encode_questions(TEXTS) == pytest.approx(zero.encode_questions(TEXTS), abs=1e-6)
+    assert cosine(tokenizers.encode_passages(PASSAGES), zero.encode_passages(PASSAGES)).max() < 0.999
+
+
+def test_the_width_is_that_of_the_projection(dpr: dict[str, Path]) -> None:
+    assert float32(dpr["question"]).width == 24
+
+
+def test_mean_pooling_of_dprs_classes_is_refused(dpr: dict[str, Path]) -> None:
+    with pytest.raises(DataError, match="pooling: mean asks for all tokens"):
+        float32(dpr["question"], pooling="mean").encode_questions(["x"])
+
+
+def test_a_checkpoint_that_the_class_does_not_fill_is_refused(dpr: dict[str, Path], tmp_path: Path) -> None:
+    """transformers draws missing weights at random and only warns: the vectors would be noise."""
+    folder = tmp_path / "context"
+    shutil.copytree(dpr["context"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["DPRQuestionEncoder"]}))
+    with pytest.raises(DataError, match=r"that DPRQuestionEncoder needs are not in its files \(question_encoder"):
+        float32(folder).encode_questions(["x"])
+
+
+def test_a_pooler_that_was_never_trained_is_refused_only_where_it_is_used(bert: Path, tmp_path: Path) -> None:
+    from transformers import BertModel
+
+    BertModel.from_pretrained(bert, add_pooling_layer=False).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bert / name, tmp_path)
+    assert float32(tmp_path, pooling="cls").encode_questions(["x"]).shape == (1, 32)
+    with pytest.raises(DataError, match=r"2 weights that BertModel needs .* or pool by mean or cls"):
+        float32(tmp_path, pooling="pooler").encode_questions(["x"])
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
@@ -198,6 +365,23 @@ def test_open_choices_are_made_as_the_folder_says(sentence_transformer: Path, be
     assert float32(dpr["question"]).resolved.pooling == "pooler"
 
 
+def test_a_prompt_that_the_pooling_leaves_out_is_refused(bert: Path, tmp_path: Path) -> None:
+    folder = sentence_transformers_folder(tmp_path, bert, {"query": "question: "}, include_prompt=False)
+    with pytest.raises(DataError, match=r"include_prompt: false.*'question: '"):
+        float32(folder).encode_questions(["x"])
+    assert float32(folder, prompts=False).encode_questions(["x"]).shape == (1, 32)
+
+
+def test_two_folders_that_disagree_on_an_open_choice_are_refused(bert: Path, tmp_path: Path) -> None:
+    folder = sentence_transformers_folder(tmp_path, bert, {})
+    modules = json.loads((folder / "modules.json").read_text())
+    normalised = [*modules, {"idx": 2, "name": "2", "path": "2", "type": "sentence_transformers.models.Normalize"}]
+    (folder / "modules.json").write_text(json.dumps(normalised))
+    with pytest.raises(DataError, match=r"normalize is True by the question .* False by the passage .*\(dense\.norm"):
+        _ = float32(folder, passage_model=str(bert)).resolved
+    assert float32(folder, passage_model=str(bert), normalize=False).resolved.normalize is False
+
+
 def test_a_dense_layer_among_the_modules_is_refused(sentence_transformer: Path, tmp_path: Path) -> None:
     folder = tmp_path / "with-dense"
     shutil.copytree(sentence_transformer, folder)
@@ -226,6 +410,18 @@ def test_the_fingerprint_is_that_of_the_weights(bert: Path, tmp_path: Path) -> N
     (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
     assert fingerprint(copy) == fingerprint(bert)
     assert fingerprint(tiny_bert(tmp_path / "other", seed=1)) != fingerprint(bert)
+
+
+def test_the_fingerprint_of_a_tokenizer_is_that_of_its_rules(bert: Path, tmp_path: Path) -> None:
+    plain = tokenizer_fingerprint(bert)
+    assert tokenizer_fingerprint(cased(bert, tmp_path / "cased")) != plain
+    lower = sentence_transformers_folder(tmp_path / "lower", bert, {}, lower_case=True)
+    assert tokenizer_fingerprint(lower) != plain
+    for name, text in (("one", "a\nb"), ("same", "a\nb"), ("other", "b\na")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.txt").write_text(text)
+    one, same, other = (tokenizer_fingerprint(tmp_path / name) for name in ("one", "same", "other"))
+    assert one == same != other
 
 
 def test_a_model_that_is_not_there_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

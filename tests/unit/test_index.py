@@ -1,6 +1,7 @@
 """The index artifact: what it holds, who may open it, what a kill leaves, and the three retrievers on it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from odqa.errors import ArtifactError, ArtifactMismatch, DataError
 from odqa.retrieve.bm25 import Analyzer, Bm25Settings
 from odqa.retrieve.dense import EncoderSettings
 from odqa.retrieve.index import (
+    AlphaHybridRetriever,
     Bm25Retriever,
     DenseRetriever,
     HybridRetriever,
@@ -100,6 +102,32 @@ class TestHybridRetriever(RetrieverConformance):
         assert set(ids(retriever.retrieve(query, 7))[0]) == expected
 
 
+@pytest.mark.parametrize("normalise", [False, True])
+class TestAlphaHybridRetriever(RetrieverConformance):
+    @pytest.fixture
+    def retriever(self, index: Index, normalise: bool) -> AlphaHybridRetriever:
+        return AlphaHybridRetriever(index, alpha=0.5, depth=len(COLLECTION), normalise=normalise)
+
+    def test_without_alpha_it_has_the_order_of_the_vectors(self, index: Index, normalise: bool) -> None:
+        queries = [Query("q", "what is the capital of france")]
+        hits = AlphaHybridRetriever(index, alpha=0, normalise=normalise).retrieve(queries, 7)
+        assert ids(hits) == ids(DenseRetriever(index).retrieve(queries, 7))
+
+    def test_a_large_alpha_puts_what_bm25_finds_first(self, index: Index, normalise: bool) -> None:
+        queries = [Query("q", "tiber capital italy")]
+        (sparse,) = ids(Bm25Retriever(index).retrieve(queries, 7))
+        assert len(sparse) > 1
+        (hits,) = ids(AlphaHybridRetriever(index, alpha=1e4, normalise=normalise).retrieve(queries, 7))
+        assert hits[0] == sparse[0]
+
+    def test_a_list_of_a_single_hit_decides_nothing(self, index: Index, normalise: bool) -> None:
+        """By the published rule all others get the lowest score of the list, which is that of its only hit."""
+        queries = [Query("q", "tiber")]
+        assert ids(Bm25Retriever(index).retrieve(queries, 7)) == [["a2"]]
+        hits = AlphaHybridRetriever(index, alpha=1e4, normalise=normalise).retrieve(queries, 7)
+        assert ids(hits) == ids(DenseRetriever(index).retrieve(queries, 7))
+
+
 def test_the_depth_of_a_hybrid_grows_with_k(index: Index) -> None:
     (hits,) = HybridRetriever(index, depth=1).retrieve([Query("q", "tiber")], len(COLLECTION))
     assert len(hits) == len(COLLECTION)
@@ -150,6 +178,49 @@ def test_an_encoder_with_other_weights_is_refused_in_one_line(index: Index, tmp_
     other = tiny_bert(tmp_path / "other", seed=1)
     with pytest.raises(
         ArtifactMismatch, match=r"of weights [0-9a-f]{8}, but .*other has weights [0-9a-f]{8}\."
+    ) as error:
+        DenseRetriever(load_index(index.path, encoder=str(other)))
+    assert "\n" not in str(error.value)
+
+
+def test_the_query_side_takes_what_the_index_was_built_with(tmp_path: Path) -> None:
+    """Prefixes, pooling and lengths are in the index: a folder whose files say otherwise later changes no vector."""
+    folder = tiny_bert(tmp_path / "encoder")
+    settings = EncoderSettings(str(folder), pooling="cls", query_prefix="query: ", query_max_tokens=6, dtype="float32")
+    index = build_index(tmp_path / "index", COLLECTION, source=SOURCE, encoder=settings)
+    before = index.dense.encoder.encode_questions(["who was king"])
+    names = {"prompts": {"query": "other: ", "document": "other: "}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(names))
+    (folder / "modules.json").write_text("not even JSON")
+    opened = load_index(index.path).dense.encoder
+    assert (opened.encode_questions(["who was king"]) == before).all()
+    assert opened.resolved == index.dense.encoder.resolved
+
+
+def test_an_index_older_than_prompts_is_asked_without_them(index: Index, tmp_path: Path) -> None:
+    shutil.copytree(index.path, tmp_path / "older")
+    file = tmp_path / "older/dense/encoder.json"
+    built = json.loads(file.read_text())
+    del built["settings"]["prompts"], built["settings"]["segments"], built["tokenizer"]
+    file.write_text(json.dumps(built))
+    manifest = json.loads((tmp_path / "older/manifest.json").read_text())
+    manifest["files"]["dense/encoder.json"]["bytes"] = file.stat().st_size
+    (tmp_path / "older/manifest.json").write_text(json.dumps(manifest))
+    assert load_index(tmp_path / "older").dense.encoder.settings == index.dense.encoder.settings
+
+
+def test_a_tokenizer_of_other_rules_is_refused_in_one_line(index: Index, tmp_path: Path) -> None:
+    """The same weights with other token ids give vectors of other texts."""
+    other = tiny_bert(tmp_path / "other")
+    file = other / "tokenizer.json"
+    rules = json.loads(file.read_text())
+    padding = {"strategy": {"Fixed": 8}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
+    file.write_text(json.dumps(rules | {"padding": padding | {"pad_to_multiple_of": None}}))  # and without indentation
+    assert load_index(index.path, encoder=str(other)).dense
+    rules["normalizer"]["lowercase"] = False
+    file.write_text(json.dumps(rules))
+    with pytest.raises(
+        ArtifactMismatch, match=r"another tokenizer than that of .*other, .*build the index again"
     ) as error:
         DenseRetriever(load_index(index.path, encoder=str(other)))
     assert "\n" not in str(error.value)

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from odqa.recipes import (
     index_folder,
     load_recipe,
     load_variants,
+    save_setting,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -130,8 +132,11 @@ k: many
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("retriever.kind=bm52", "retriever.kind is 'bm52'; expected one of bm25, dense, hybrid. Did you mean bm25?"),
-        ("retriever={depth: 5}", "retriever.kind is missing (bm25, dense, hybrid)."),
+        (
+            "retriever.kind=bm52",
+            "retriever.kind is 'bm52'; expected one of bm25, dense, hybrid, alpha-hybrid. Did you mean bm25?",
+        ),
+        ("retriever={depth: 5}", "retriever.kind is missing (bm25, dense, hybrid, alpha-hybrid)."),
         ("retriver=null", "retriver is not a setting of pipeline"),
         (
             "packer.bugdet=5",
@@ -299,6 +304,59 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
         load_recipe(path)
 
 
+# --- a number written into a file -------------------------------------------------------------------------------------
+
+ALPHA = """# Ours. alpha: 7 is a comment
+kind: pipeline
+index: indexes/x.yaml
+retriever: {kind: alpha-hybrid, alpha: 1.20, depth: 1000}  # chosen on tune
+reader:   {kind: span, model: "embedded:span-reader-1"} # größer
+"""
+
+
+def test_one_number_of_a_recipe_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(ALPHA.replace("\n", "\r\n").encode())
+    save_setting(file, "retriever.alpha", 0.7)
+    assert file.read_bytes() == ALPHA.replace("1.20", "0.7").replace("\n", "\r\n").encode()
+    assert list(tmp_path.iterdir()) == [file]
+    save_setting(file, "retriever.alpha", 0.00001)  # YAML 1.1 would read 1e-05 as a text
+    assert b"alpha: 0.00001, depth" in file.read_bytes()
+    save_setting(file, "retriever.alpha", 0.7)
+    save_setting(file, "retriever.depth", 50)
+    assert b"alpha: 0.7, depth: 50}  # chosen" in file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("retriever.alpha", -1.0, "retriever.alpha is -1.0: Input should be greater than or equal to 0."),
+        ("retriever.alfa", 1.0, "retriever.alfa is not a setting of alpha-hybrid"),
+        ("k", 7, "k is not written there as a number"),
+        ("retriever.normalise", 1, "retriever.normalise is not written there as a number"),
+    ],
+)
+def test_a_number_that_cannot_be_replaced_leaves_the_file_as_it_is(
+    tmp_path: Path, key: str, value: float, told: str
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(ALPHA, encoding="utf-8")
+    with pytest.raises(RecipeError, match=re.escape(told)):
+        save_setting(file, key, value)
+    assert file.read_text(encoding="utf-8") == ALPHA
+    with pytest.raises(RecipeError, match=r"nowhere\.yaml: no such file to write"):
+        save_setting(tmp_path / "nowhere.yaml", key, value)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "indexes").glob("nq-open*.yaml")), ids=lambda file: file.stem)
+def test_recipes_for_full_wikipedia_leave_nothing_about_their_encoder_open(file: Path) -> None:
+    settings = load_recipe(file).settings
+    assert isinstance(settings, config.IndexRecipe) and settings.dense is not None
+    assert settings.dense.pooling != "auto"
+    assert None not in (settings.dense.normalize, settings.dense.query_max_tokens, settings.dense.passage_max_tokens)
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 40
+
+
 # --- changes from the command line ------------------------------------------------------------------------------------
 
 
@@ -397,12 +455,13 @@ def _pairs() -> dict[str, tuple[type[config.Settings], Any, set[str]]]:
     from odqa.rerank.likelihood import QuestionLikelihoodReranker
     from odqa.retrieve.bm25 import Analyzer, Bm25Settings
     from odqa.retrieve.dense import EncoderSettings
-    from odqa.retrieve.index import HybridRetriever
+    from odqa.retrieve.index import AlphaHybridRetriever, HybridRetriever
     from odqa.retrieve.vectors import VectorSettings
 
     backbone = {"model", "device", "dtype"}
     return {
         "hybrid": (config.HybridRetriever, HybridRetriever, set()),
+        "alpha-hybrid": (config.AlphaHybridRetriever, AlphaHybridRetriever, {"alpha"}),
         "bm25": (config.Bm25, Bm25Settings, {"analyzer"}),
         "analyzer": (config.AnalyzerSettings, Analyzer, {"stop_words"}),
         "dense": (config.Dense, EncoderSettings, {"vectors", "question_model"}),
@@ -504,6 +563,16 @@ def test_an_index_of_other_settings_is_refused_and_one_of_another_dump_is_not() 
     check_index_recipe(built, recipe, Path("folder"))
     with pytest.raises(ArtifactError, match=r"folder: built with other settings of bm25, dense than .* odqa index"):
         check_index_recipe(built | {"bm25": None, "dense": None}, recipe, Path("folder"))
+
+
+def test_an_index_that_is_older_than_a_setting_has_its_default() -> None:
+    recipe = load_recipe(ROOT / "indexes/embedded.yaml")
+    older = recipe.resolved
+    older["dense"] = {key: value for key, value in older["dense"].items() if key not in ("segments", "prompts")}
+    check_index_recipe(older, recipe, Path("folder"))
+    changed = load_recipe(ROOT / "indexes/embedded.yaml", changes=["dense.segments=zero"])
+    with pytest.raises(ArtifactError, match="other settings of dense"):
+        check_index_recipe(older, changed, Path("folder"))
 
 
 def test_recipes_as_values_compare_by_their_settings() -> None:
