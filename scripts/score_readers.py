@@ -1,31 +1,37 @@
-"""Score span readers on their gold passages: what they can read when retrieval is perfect.
+"""Score readers on their gold passages: what they can read when retrieval is perfect.
 
     python scripts/score_readers.py --data DIR --out eval/results/readers-gold-passage NAME=FOLDER ...
+    python scripts/score_readers.py --data DIR --out eval/results/lms-gold-passage NAME=MODEL ...
 
-Each reader sees the best gold passage of each question and nothing else (greedy, it may not abstain); EM and F1 with
-95% bootstrap intervals on nq_dev and squad_dev, and the paired difference of every reader to the first one. Writes
+FOLDER is a span reader; MODEL is odqa-mini-1 or a model like it (embedded:NAME or a folder), frozen as it is. Each
+reader sees the best gold passage of each question and nothing else (greedy, a span reader may not abstain); EM and F1
+with 95% bootstrap intervals on nq_dev and squad_dev, and the paired difference of every reader to the first one. Writes
 OUT.json and OUT.md.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from odqa.artifacts import load_artifact, sha256_file
 from odqa.corpus.io import read_gold, read_passages, read_questions
 from odqa.evaluate import Interval, bootstrap_interval, paired_difference
+from odqa.pack import GreedyPacker
+from odqa.read.lm import LmReader, load_lm
 from odqa.read.span import SpanReader, load_span_reader
 from odqa.read.train import read_gold_passages
 from odqa.text import exact_match, f1
+from odqa.types import Answer, Gold, Hit, Passage, Query
 
 SETS = {"nq_dev": "nq-mini/nq_dev.jsonl", "squad_dev": "nq-mini/squad_dev.jsonl"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("readers", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("readers", nargs="+", metavar="NAME=FOLDER|MODEL")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="files OUT.json and OUT.md")
     parser.add_argument("--dtype", default="auto")
@@ -39,11 +45,11 @@ def main() -> None:
     first: dict[str, list[float]] = {}
     for entry in arguments.readers:
         name, _, folder = entry.partition("=")
-        reader = SpanReader(load_span_reader(Path(folder), dtype=arguments.dtype))
-        record: dict[str, Any] = {"reader": name, **described(Path(folder))}
+        reader = load(folder, arguments.dtype)
+        record: dict[str, Any] = {"reader": name, **described(reader, folder)}
         for set_name, (questions, file) in sets.items():
             started = time.perf_counter()
-            answers = read_gold_passages(reader, questions, passages)
+            answers = read(reader, questions, passages)
             seconds = time.perf_counter() - started
             pairs = [(answer.text, gold.answers) for answer, (_, gold) in zip(answers, questions, strict=True)]
             em = [100.0 * exact_match(text, gold) for text, gold in pairs]
@@ -64,8 +70,28 @@ def main() -> None:
     print(table(records))
 
 
-def described(folder: Path) -> dict[str, Any]:
-    """What the manifest of a trained reader says about its making; nothing for a bare folder."""
+def load(name: str, dtype: str) -> SpanReader | LmReader:
+    """A span reader from its folder, or else a generative model in the words of its pre-training."""
+    if (Path(name) / "reader.json").is_file():
+        return SpanReader(load_span_reader(Path(name), dtype=dtype))
+    return LmReader(load_lm(name, dtype=dtype), "odqa-mini", max_new_tokens=24, spelling="passage", batch_size=16)
+
+
+def read(
+    reader: SpanReader | LmReader, questions: Sequence[tuple[Query, Gold]], passages: Mapping[str, Passage]
+) -> list[Answer]:
+    """Answers from the best gold passage alone."""
+    if isinstance(reader, SpanReader):
+        return read_gold_passages(reader, questions, passages)
+    hits = [[Hit(passages[gold.passage_ids[0]], 0.0, "gold")] for _, gold in questions]
+    return reader.read(GreedyPacker(reader, reader.limit).pack([query for query, _ in questions], hits))
+
+
+def described(reader: SpanReader | LmReader, name: str) -> dict[str, Any]:
+    """What is known of its making; of a bare folder nothing."""
+    if isinstance(reader, LmReader):
+        return {"model": name, "fingerprint": reader.backbone.fingerprint}
+    folder = Path(name)
     if not (folder / "manifest.json").is_file():
         return {"method_sha256": sha256_file(folder / "method.safetensors")}
     manifest = load_artifact(folder).manifest
