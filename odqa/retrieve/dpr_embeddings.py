@@ -5,14 +5,17 @@ answers them with stand-ins of our own: nothing of numpy, and nothing else, is e
 stand-ins keep shape, number format and bytes, from which the array is made here. Any other global is refused by name.
 
 Written by generate_dense_embeddings.py of facebookresearch/DPR, read by its dense_retriever.py (iterate_encoded_files).
-A file is in memory as a whole while it is read (DPR's 50 for Wikipedia: 1.3 GB each), one file at a time.
+A file is in memory as a whole while it is read (DPR's 50 for Wikipedia: 1.3 GB each, and about ten seconds), one file
+at a time.
 """
 
+import math
 import pickle
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, ClassVar, NoReturn
 
 import numpy as np
 
@@ -46,8 +49,8 @@ def read_embeddings(path: Path) -> Embeddings:
         where = f"{path}: record {number + 1}"
         if not isinstance(pair, tuple | list) or len(pair) < 2 or not isinstance(pair[1], _Array):
             raise DataError(f"{where}: expected an id and a numpy array.")
-        if type(pair[0]) not in (str, int) or pair[0] == "":
-            raise DataError(f"{where}: expected a string or a whole number for an id, found {str(pair[0])[:40]!r}.")
+        if not _is_id(pair[0]):
+            raise DataError(f"{where}: expected a string or a whole number for an id, found {_shown(pair[0])}.")
         vector = pair[1].to_numpy(where)
         if number == 0:
             vectors = np.empty((len(pairs), len(vector)), np.float32)
@@ -83,9 +86,18 @@ def read_ids(path: Path) -> list[str]:
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not text in UTF-8 ({error.reason}); expected an id a line.") from error
     ids = _unpickle(path)
-    if not isinstance(ids, list) or not all(type(found) in (str, int) for found in ids):
+    if not isinstance(ids, list) or not all(_is_id(found) for found in ids):
         raise DataError(f"{path}: expected a pickled list of ids (strings or whole numbers).")
     return [str(found) for found in ids]
+
+
+def _is_id(found: object) -> bool:
+    return (type(found) is str and found != "") or (type(found) is int and abs(found) < 1 << 63)
+
+
+def _shown(found: object) -> str:
+    """A value of a pickle for a message. Only short ones as they are: a nested one may be longer than any memory."""
+    return repr(found)[:40] if type(found) in (str, float, bool, type(None)) else f"a {type(found).__name__}"
 
 
 # --- the unpickler ----------------------------------------------------------------------------------------------------
@@ -105,7 +117,7 @@ class _Dtype:
 
     def to_numpy(self, where: str) -> np.dtype[Any]:
         if self.code not in _DTYPES:
-            raise DataError(f"{where}: an array of {str(self.code)[:20]!r}; expected floating-point numbers.")
+            raise DataError(f"{where}: an array of {_shown(self.code)}; expected floating-point numbers.")
         return np.dtype(f"{self.order}{self.code}")
 
 
@@ -130,11 +142,12 @@ class _Array:
             data = data.encode("latin-1", "replace")
         if not isinstance(self.dtype, _Dtype) or not isinstance(data, bytes | bytearray):
             raise DataError(f"{where}: an array whose pickle lacks its numbers.")
-        if not isinstance(shape, tuple) or not all(type(side) is int and 0 < side <= _WIDEST for side in shape):
-            raise DataError(f"{where}: an array of the shape {str(shape)[:40]}; expected one vector.")
+        sides = shape if isinstance(shape, tuple) and len(shape) <= 2 else ()
+        if not sides or not all(type(side) is int and 0 < side <= _WIDEST for side in sides):
+            raise DataError(f"{where}: an array that is not one vector.")
         dtype = self.dtype.to_numpy(where)
-        width = int(np.prod(shape, dtype=object)) if shape else 0
-        if not width or width != max(shape) or width * dtype.itemsize != len(data):
+        width = math.prod(sides)
+        if width != max(sides) or width * dtype.itemsize != len(data):
             raise DataError(f"{where}: an array of the shape {shape} in {len(data)} bytes; expected one vector.")
         return np.frombuffer(data, dtype).astype(np.float32)
 
@@ -181,21 +194,53 @@ def _globals() -> dict[tuple[str, str], Any]:
     return known
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Admits arrays of numbers; every other global is an error that names it."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """Admits arrays of numbers; every other global is an error that names it.
 
-    def __init__(self, file: Any) -> None:
+    It is the standard library's unpickler in Python. The one in C is faster, and can be made to ask for any amount of
+    memory by one number in a damaged file (the place of a memo entry); here memory is bounded by the file's size.
+    """
+
+    def __init__(self, file: "_Bounded") -> None:
         super().__init__(file, encoding="latin1")
-        self._globals = _globals()
+        self._file, self._globals = file, _globals()
 
-    def find_class(self, module_name: str, global_name: str) -> Any:
+    def find_class(self, module: str, name: str) -> Any:
         try:
-            return self._globals[module_name, global_name]
+            return self._globals[module, name]
         except KeyError:
-            raise _Refused(f"{module_name}.{global_name}") from None
+            raise _Refused(f"{module}.{name}") from None
 
-    def persistent_load(self, _pid: object) -> NoReturn:
+    def persistent_load(self, pid: Any) -> NoReturn:
         raise _Refused("a persistent id")
+
+    def get_extension(self, code: int) -> NoReturn:
+        raise _Refused(f"extension {code}")
+
+    def _load_bytearray(self: Any) -> None:
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(self._file.check(length))))  # not made before its bytes are there
+
+    dispatch: ClassVar[Any] = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _load_bytearray}
+
+
+class _Bounded:
+    """A file of which no more can be asked for than it has."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size = file, size
+        self.readline = file.readline
+
+    def check(self, count: int) -> int:
+        if count > self._size:
+            raise EOFError(f"{count} bytes asked for in a file of {self._size}")
+        return count
+
+    def read(self, count: int) -> bytes:
+        return self._file.read(self.check(count))
+
+    def readinto(self, buffer: bytearray) -> int:
+        return self._file.readinto(buffer)  # type: ignore[attr-defined,no-any-return]
 
 
 class _Refused(Exception):
@@ -205,7 +250,7 @@ class _Refused(Exception):
 def _unpickle(path: Path) -> Any:
     try:
         with path.open("rb") as file:
-            return _ArrayUnpickler(file).load()
+            return _ArrayUnpickler(_Bounded(file, path.stat().st_size)).load()
     except _Refused as refused:
         raise DataError(
             f"{path}: the pickle asks for {str(refused)[:200]!r}; numpy arrays alone are read. Do not open it "

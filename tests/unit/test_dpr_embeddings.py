@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+import resource
 import struct
 from pathlib import Path
 from typing import Any
@@ -105,13 +106,15 @@ def test_a_pickle_cannot_change_the_stand_ins(tmp_path: Path) -> None:
         ({"a": 1}, "expected a list of .id, vector. pairs, found a dict"),
         ([("a", [1.0])], "record 1: expected an id and a numpy array"),
         ([("a",)], "record 1: expected an id and a numpy array"),
-        ([(1.5, VECTORS[0])], "record 1: expected a string or a whole number for an id, found '1.5'"),
+        ([(1.5, VECTORS[0])], "record 1: expected a string or a whole number for an id, found 1.5"),
         ([("a", VECTORS[0]), ("b", VECTORS[0][:7])], "record 2: a vector of width 7, the first has 8"),
         ([("a", VECTORS)], "an array of the shape .5, 8. in 160 bytes; expected one vector"),
         ([("a", np.array([1, 2]))], "an array of 'i8'; expected floating-point numbers"),
         ([("a", np.array(["x"], object))], "lacks its numbers|asks for"),
         ([("a", np.array([1.0, np.nan]))], "record 1: the vector of 'a' holds NaN or infinity"),
-        ([("a", np.empty(0))], "expected one vector"),
+        ([("a", np.empty(0))], "lacks its numbers|not one vector"),
+        ([("a", np.zeros((1, 1, 3)))], "not one vector"),
+        ([(1 << 100_000, VECTORS[0])], "record 1: expected a string or a whole number for an id, found a int"),
     ],
 )
 def test_pairs_that_are_none_are_one_line(tmp_path: Path, value: object, message: str) -> None:
@@ -146,6 +149,20 @@ def test_no_damage_gives_anything_but_vectors_or_one_line(tmp_path: Path, protoc
             assert "\n" not in str(error)
     file.write_bytes(whole)
     assert np.array_equal(read_embeddings(file).vectors, VECTORS[:2])
+
+
+def test_a_small_file_cannot_ask_for_much_memory(tmp_path: Path) -> None:
+    """The unpickler in C makes room for 2 ** 31 entries of its memo when one is given that place: 16 GB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    nested = b"\x80\x02)" + b"2\x86" * 200 + b"."  # a tuple of itself twice, 200 times: no room for it as text
+    big_memo = b"\x80\x02]r\xff\xff\xff\x7f."
+    big_array = b"\x80\x05\x96" + struct.pack("<Q", 1 << 36) + b"x."
+    for content in (nested, big_memo, big_array, b"\x80\x02]" + nested[2:-1] + b"N\x86a."):
+        (tmp_path / "e").write_bytes(content)
+        with pytest.raises(DataError) as error:
+            read_embeddings(tmp_path / "e")
+        assert len(str(error.value)) < 400
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
 
 
 def test_a_length_that_the_file_does_not_have_is_refused(tmp_path: Path) -> None:
