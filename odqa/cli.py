@@ -189,7 +189,7 @@ def evaluate(
         typer.Option(help="For another system's run without texts: an index recipe or folder that has its passages."),
     ] = None,
     matcher: Annotated[
-        str, typer.Option(help="For another system's run: string, or regex where answers are patterns (CuratedTREC).")
+        str, typer.Option(help="For a run: string, or regex where answers are patterns (CuratedTREC).")
     ] = "string",
     tag: Annotated[str | None, typer.Option(help="For a TREC file that holds several runs: which one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the folder RECIPE/PIPELINE-VERSION/SET goes [runs].")] = None,
@@ -209,13 +209,13 @@ def evaluate(
     from odqa import jobs, report
 
     places = _places(data, artifacts)
+    judged_by = _one_of("--matcher", matcher, _MATCHERS)
     if _is_run_file(recipe, places):
         from odqa import foreign
 
-        found = foreign.score_rankings(
-            recipe, questions, index=index, matcher=_one_of("--matcher", matcher, _MATCHERS), tag=tag,
-            places=places,
-        )  # fmt: skip
+        if save is not None or changes:
+            raise RecipeError("--save and --set go with an eval recipe, not with a run. Leave them out.")
+        found = foreign.score_rankings(recipe, questions, index=index, matcher=judged_by, tag=tag, places=places)
         name = Path(recipe).name
         if as_json:
             record = found.to_json()
@@ -223,9 +223,14 @@ def evaluate(
         else:
             _print(report.score_table(name, [(name, found)]).text())
         return
+    if index is not None or tag is not None:
+        raise RecipeError("--index and --tag go with another system's run file. Leave them out.")
     if questions is not None:
-        _print(report.render([(recipe, jobs.score(Path(recipe), questions, places=places))]))
+        found = jobs.score(Path(recipe), questions, places=places, matcher=judged_by)
+        _print_json(found.to_json()) if as_json else _print(report.render([(recipe, found)]))
         return
+    if judged_by != "string":
+        raise RecipeError("--matcher goes with a run; an eval recipe names it beside its questions. Leave it out.")
     result = jobs.run_evaluation(recipe, places=places, out=out, changes=changes or (), log=_log)
     _report(result, save, as_json)
 

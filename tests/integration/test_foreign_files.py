@@ -119,6 +119,23 @@ def test_runs_that_cannot_be_scored_are_refused_in_one_line(world: World, tmp_pa
     assert line == "RecipeError: --matcher fuzzy: expected one of string, regex."
 
 
+def test_options_that_do_not_go_with_what_is_scored_are_refused(world: World, run: Path, tmp_path: Path) -> None:
+    """Not passed over in silence: the number would then mean something else than was asked."""
+    (tmp_path / "run.trec").write_text("q0 Q0 1 1 2.0 x\n")
+    asked = ("--questions", world.questions, "--artifacts", world.artifacts)
+    assert "--save and --set go with" in refused("eval", tmp_path / "run.trec", "--save", tmp_path / "x", *asked)
+    assert "--index and --tag go with" in refused("eval", run, "--tag", "x", *asked)
+    assert "--matcher goes with a run" in refused("eval", world.eval, "--matcher", "regex")
+    assert ok("eval", run, *asked, "--json").json["scores"] == load_run(run).scores()["scores"]
+
+
+def test_another_systems_trec_run_also_reranks(world: World, run: Path, tmp_path: Path) -> None:
+    file = export(world, run, tmp_path / "run.trec.gz", "trec")
+    settings = ("--set", "reranker.kind=scores", "--set", f"reranker.run={file}", "--artifacts", world.artifacts)
+    ok("run", world.pipeline("dense"), world.questions, "--out", tmp_path / "again", *settings)
+    assert load_run(tmp_path / "again").manifest["counts"]["questions"] == 12
+
+
 def test_passages_go_out_and_come_back(world: World, tmp_path: Path) -> None:
     index = world.artifacts / "towns"
     for name, file_format in (("p.tsv.gz", "dpr"), ("p.jsonl", "pyserini"), ("q.jsonl", "flashrag")):
