@@ -538,7 +538,7 @@ class Mining(Settings):
     """Ranks passages for training questions: hard negatives, and contexts as a pipeline really finds them."""
 
     kind: Literal["mine"]
-    train: str = Field(description="jsonl of training examples")
+    train: str = Field(description="training examples: jsonl, or DPR's training json")
     passages: tuple[str, ...] = Field(min_length=1, description="files that hold the passages of all pipelines")
     pipelines: tuple[str, ...] = Field(min_length=1, description="their retrievers and re-rankers are used")
     depth: int = Field(30, ge=1, description="passages kept a question")
@@ -697,7 +697,7 @@ class RerankerTraining(Settings):
     kind: Literal["train-reranker"]
     backbone: str
     method: Annotated[LoraSettings | DeepPromptSettings | FineTuningSettings, Field(discriminator="kind")]
-    train: str = Field(description="jsonl of training examples")
+    train: str = Field(description="training examples: jsonl, or DPR's training json")
     passages: tuple[str, ...] = Field((), description="files that hold the passages that examples and rankings name")
     rankings: str | None = Field(None, description="a mining recipe or what it made; null: only the file's negatives")
     groups: RerankGroups = RerankGroups()
@@ -770,7 +770,7 @@ class LmReaderTraining(Settings):
     kind: Literal["train-lm-reader"]
     pipeline: str
     method: Annotated[AnyMethod, Field(discriminator="kind")]
-    train: str = Field(description="jsonl of training examples")
+    train: str = Field(description="training examples: jsonl, or DPR's training json")
     passages: tuple[str, ...] = Field((), description="files that hold the passages that examples and rankings name")
     rankings: str | None = Field(None, description="a mining recipe or what it made; null: the file's negatives")
     contexts: ContextRecipe = ContextRecipe()

@@ -49,7 +49,7 @@ class GivenVectors:
         """Raises DataError if the encoder of the recipe is another one, or normalises otherwise."""
         settings = encoder.resolved
         model = settings.passage_model or settings.question_model
-        if Path(model).name != Path(self.encoder).name:
+        if _last_name(model) != _last_name(self.encoder):
             raise DataError(
                 f"{self.name}: made by {self.encoder}, but the recipe encodes with {model}. Name the same in both."
             )
@@ -58,6 +58,11 @@ class GivenVectors:
                 f"{self.name}: normalized is {self.is_normalized}, but the recipe's encoder has normalize: "
                 f"{settings.normalize}. Questions and passages must be treated alike."
             )
+
+
+def _last_name(model: str) -> str:
+    """Of a folder, a hub name or an embedded model: all three may be places of one model."""
+    return model.rstrip("/").replace(":", "/").rsplit("/", 1)[-1]
 
 
 def place_embeddings(given: GivenVectors, encoder: Encoder, store: PassageStore, draft: Draft, name: str) -> None:

@@ -106,6 +106,20 @@ def test_the_report_says_n_matcher_interval_and_what_is_missing(world: World, tm
     assert "funnel" not in out and "em" not in out.split()
 
 
+def test_patterns_as_answers_need_the_regex_matcher(world: World, tmp_path: Path) -> None:
+    """As in CuratedTREC; there is no F1 against a pattern."""
+    ctx = {"id": "1", "contents": '"t"\nbuilt in 1407'}
+    row = {
+        "id": "1",
+        "question": "when",
+        "golden_answers": [r"14\d\d"],
+        "output": {"retrieval_result": [ctx], "pred": "1407"},
+    }
+    (tmp_path / "run.json").write_text(json.dumps([row]))
+    assert scores(world, tmp_path / "run.json", "--matcher", "regex") == {"em": 100.0, "recall@1": 100.0}
+    assert scores(world, tmp_path / "run.json") == {"em": 0.0, "f1": 0.0, "recall@1": 0.0}
+
+
 def test_runs_that_cannot_be_scored_are_refused_in_one_line(world: World, tmp_path: Path) -> None:
     (tmp_path / "run.trec").write_text("q0 Q0 1 1 2.0 x\n")
     (tmp_path / "other.trec").write_text("0 Q0 1 1 2.0 x\n")

@@ -16,6 +16,7 @@ from odqa.errors import OdqaError, RecipeError
 from odqa.recipes import Places, load_recipe
 from odqa.retrieve.dense import Encoder, EncoderSettings
 from odqa.retrieve.dpr_embeddings import save_embeddings
+from odqa.retrieve.given import GivenVectors
 from odqa.retrieve.index import Index
 from tests.small_world import passages, questions, write_jsonl, write_yaml
 from tests.tiny_models import tiny_bert
@@ -198,6 +199,12 @@ def test_embeddings_that_do_not_fit_are_refused_in_one_line(tmp_path: Path, buil
     shards(tmp_path, np.random.default_rng(0).standard_normal(vectors.shape).astype(np.float32), "wiki:")
     assert "is not what elsewhere/ctx-encoder makes of it (cosine" in refused(build, named)
     assert not (tmp_path / "built").exists()
+
+
+@pytest.mark.parametrize("name", ["hub/all-MiniLM-L6-v2", "embedded:all-MiniLM-L6-v2", "/models/all-MiniLM-L6-v2/"])
+def test_a_folder_a_hub_name_and_an_embedded_model_may_be_the_same(name: str) -> None:
+    encoder = Encoder(EncoderSettings("embedded:all-MiniLM-L6-v2"))
+    GivenVectors("sidecar", name, is_normalized=True).check(encoder)
 
 
 def test_ids_in_another_order_are_found_out(tmp_path: Path, build: Build, vectors: np.ndarray) -> None:
