@@ -7,8 +7,9 @@ input (one line says what). Imports that take time happen inside the commands: `
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from odqa.types import Trace
 
 _HELP = "Open-domain question answering on frozen language models: index a Wikipedia dump, ask, evaluate, train."
+
+_Name = TypeVar("_Name", bound=str)
+_MATCHERS: tuple[Literal["string", "regex"], ...] = ("string", "regex")
 
 app = typer.Typer(
     name="odqa",
@@ -170,11 +174,24 @@ def run(
 @app.command("eval")
 def evaluate(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE|RUN", help="An eval recipe, such as eval/nq-mini.yaml, or a finished run.")
+        str,
+        typer.Argument(
+            metavar="RECIPE|RUN",
+            help="An eval recipe, such as eval/nq-mini.yaml; a finished run folder; or another system's run: DPR "
+            "retrieval json, Pyserini's, FlashRAG's intermediate_data.json, a TREC run (.trec, .run, .txt).",
+        ),
     ],
     questions: Annotated[
-        str | None, typer.Option(help="For a finished run: the question file with its answers.")
+        str | None, typer.Option(help="For a run: the question file with its answers; DPR's json may do without.")
     ] = None,
+    index: Annotated[
+        str | None,
+        typer.Option(help="For another system's run without texts: an index recipe or folder that has its passages."),
+    ] = None,
+    matcher: Annotated[
+        str, typer.Option(help="For a run: string, or regex where answers are patterns (CuratedTREC).")
+    ] = "string",
+    tag: Annotated[str | None, typer.Option(help="For a TREC file that holds several runs: which one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the folder RECIPE/PIPELINE-VERSION/SET goes [runs].")] = None,
     save: Annotated[
         Path | None, typer.Option(help="Also write the report, FILE.md and FILE.json, and its figure if it has one.")
@@ -186,16 +203,83 @@ def evaluate(
 ) -> None:
     """Answer and score question sets; exit 1 if a number is missed.
 
-    Recall, recall in context, EM, F1, and where each answer was lost. A missing index is built first.
+    Recall, recall in context, EM, F1, and where each answer was lost. A missing index is built first. Of another
+    system's run: recall at k, and EM and F1 if it holds answers.
     """
     from odqa import jobs, report
 
     places = _places(data, artifacts)
-    if questions is not None:
-        _print(report.render([(recipe, jobs.score(Path(recipe), questions, places=places))]))
+    judged_by = _one_of("--matcher", matcher, _MATCHERS)
+    if _is_run_file(recipe, places):
+        from odqa import foreign
+
+        if save is not None or changes:
+            raise RecipeError("--save and --set go with an eval recipe, not with a run. Leave them out.")
+        found = foreign.score_rankings(recipe, questions, index=index, matcher=judged_by, tag=tag, places=places)
+        name = Path(recipe).name
+        if as_json:
+            record = found.to_json()
+            _print_json({key: record[key] for key in ("question_set", "matcher", "interval", "scores", "notes")})
+        else:
+            _print(report.score_table(name, [(name, found)]).text())
         return
+    if index is not None or tag is not None:
+        raise RecipeError("--index and --tag go with another system's run file. Leave them out.")
+    if questions is not None:
+        found = jobs.score(Path(recipe), questions, places=places, matcher=judged_by)
+        _print_json(found.to_json()) if as_json else _print(report.render([(recipe, found)]))
+        return
+    if judged_by != "string":
+        raise RecipeError("--matcher goes with a run; an eval recipe names it beside its questions. Leave it out.")
     result = jobs.run_evaluation(recipe, places=places, out=out, changes=changes or (), log=_log)
     _report(result, save, as_json)
+
+
+@app.command()
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN|INDEX|FILE", help="A run folder, an index, a file of questions or examples.")
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write; gzipped if its name ends in .gz.")],
+    file_format: Annotated[
+        str, typer.Option("--format", help="trec, dpr, pyserini, flashrag, dpr-training or dpr-embeddings.")
+    ],
+    questions: Annotated[
+        str | None, typer.Option(help="For a run, unless to trec: the question file with the gold answers.")
+    ] = None,
+    index: Annotated[
+        str | None, typer.Option(help="For training examples: an index recipe or folder that has their passages.")
+    ] = None,
+    stage: Annotated[
+        str, typer.Option(help="For a run: whose ranking: final, retrieve, rerank or pack, of the first pass.")
+    ] = "final",
+    matcher: Annotated[
+        str, typer.Option(help="For a run: who decides has_answer: string, or regex (CuratedTREC).")
+    ] = "string",
+    tag: Annotated[str | None, typer.Option(help="For trec: the name of the run [that of its folder].")] = None,
+    data: Data = None,
+    artifacts: Artifacts = None,
+) -> None:
+    """Write a run, an index or a file as other systems read it.
+
+    A run: trec, dpr (retrieval json), pyserini, flashrag. An index: dpr (tsv), pyserini, flashrag (jsonl), its vectors
+    dpr-embeddings. A question file: dpr (csv), flashrag. Training examples: dpr-training.
+    """
+    from odqa import foreign
+
+    written = foreign.export(
+        source,
+        out,
+        _one_of("--format", file_format, foreign.EXPORT_FORMATS),
+        questions=questions,
+        index=index,
+        stage=_one_of("--stage", stage, foreign.STAGES),
+        tag=tag,
+        matcher=_one_of("--matcher", matcher, _MATCHERS),
+        places=_places(data, artifacts),
+    )
+    _log(f"{written:,} records")
+    _print(str(out))
 
 
 @app.command()
@@ -320,6 +404,20 @@ def _places(data: Path | None, artifacts: Path | None) -> "Places":
     from odqa.recipes import Places
 
     return Places.from_environment(data, artifacts)
+
+
+def _is_run_file(name: str, places: "Places") -> bool:
+    """Whether `odqa eval` was given a run of another system: a file that is no recipe."""
+    if Path(name).suffix in (".yaml", ".yml"):
+        return False
+    return Path(name).is_file() or (":" in name and places.file(name).is_file())
+
+
+def _one_of(option: str, value: str, valid: Sequence[_Name]) -> _Name:
+    for name in valid:
+        if name == value:
+            return name
+    raise RecipeError(f"{option} {value}: expected one of {', '.join(valid)}.")
 
 
 def _report(result: "EvaluationResult", save: Path | None, as_json: bool) -> None:

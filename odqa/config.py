@@ -74,6 +74,13 @@ class Vectors(Settings):
     search: dict[str, float] = Field({}, description="FAISS search parameters, such as {nprobe: 16}")
     train_rows: int = Field(200_000, ge=1, description="the most vectors that quantisers are trained on")
     keep: bool = Field(False, description="keep the vectors beside a FAISS index")
+    given: str | None = Field(None, description="passage vectors made elsewhere: a recipe of kind vectors")
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> Any:
+        """Without `given` where there is none: indexes from before there was such a key keep their hashes."""
+        record = serialize(self)
+        return record if self.given is not None else {key: value for key, value in record.items() if key != "given"}
 
 
 class Dense(Settings):
@@ -105,6 +112,36 @@ class IndexRecipe(Settings):
     passages: Annotated[DumpPassages | FilePassages, Field(discriminator="kind")]
     bm25: Bm25 | None = None
     dense: Dense | None = None
+
+
+class GivenVectors(Settings):
+    """The sidecar of vectors or of a FAISS index made elsewhere: how they were made. Files lie beside it, or in data:.
+
+    What it says is held against the files and against the encoder of the index recipe that names it.
+    """
+
+    kind: Literal["vectors"]
+    encoder: str = Field(description="the passage encoder that made them: the recipe's, by hub name or folder name")
+    normalized: bool = Field(description="whether the vectors have unit length")
+    embeddings: tuple[str, ...] = Field((), description="DPR embedding files (pickles of id, vector); * as in a shell")
+    faiss: str | None = Field(None, description="a FAISS index, taken as it is")
+    metric: Literal["inner-product", "l2", "dpr-hnsw"] = Field(
+        "inner-product", description="of the FAISS index; dpr-hnsw: L2 over one more dimension, as DPR's HNSW has it"
+    )
+    ids: str = Field(
+        "rows",
+        description="of the FAISS index: rows (the collection's order), or a file of passage ids in its order: one a "
+        "line (Pyserini's docid), or DPR's index_meta.dpr",
+    )
+    id_prefix: str = Field("", description="what the ids have in front of the collection's, such as wiki:")
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if bool(self.embeddings) == (self.faiss is not None):
+            raise ValueError("name either embeddings or faiss.")
+        if self.embeddings and (self.metric != "inner-product" or self.ids != "rows"):
+            raise ValueError("metric and ids are those of a FAISS index; embeddings bring their ids. Remove both.")
+        return self
 
 
 # --- a pipeline -------------------------------------------------------------------------------------------------------
@@ -521,7 +558,7 @@ class Mining(Settings):
     """Ranks passages for training questions: hard negatives, and contexts as a pipeline really finds them."""
 
     kind: Literal["mine"]
-    train: str = Field(description="jsonl of training examples")
+    train: str = Field(description="training examples: jsonl, or DPR's training json")
     passages: tuple[str, ...] = Field(min_length=1, description="files that hold the passages of all pipelines")
     pipelines: tuple[str, ...] = Field(min_length=1, description="their retrievers and re-rankers are used")
     depth: int = Field(30, ge=1, description="passages kept a question")
@@ -680,7 +717,7 @@ class RerankerTraining(Settings):
     kind: Literal["train-reranker"]
     backbone: str
     method: Annotated[LoraSettings | DeepPromptSettings | FineTuningSettings, Field(discriminator="kind")]
-    train: str = Field(description="jsonl of training examples")
+    train: str = Field(description="training examples: jsonl, or DPR's training json")
     passages: tuple[str, ...] = Field((), description="files that hold the passages that examples and rankings name")
     rankings: str | None = Field(None, description="a mining recipe or what it made; null: only the file's negatives")
     groups: RerankGroups = RerankGroups()
@@ -753,7 +790,7 @@ class LmReaderTraining(Settings):
     kind: Literal["train-lm-reader"]
     pipeline: str
     method: Annotated[AnyMethod, Field(discriminator="kind")]
-    train: str = Field(description="jsonl of training examples")
+    train: str = Field(description="training examples: jsonl, or DPR's training json")
     passages: tuple[str, ...] = Field((), description="files that hold the passages that examples and rankings name")
     rankings: str | None = Field(None, description="a mining recipe or what it made; null: the file's negatives")
     contexts: ContextRecipe = ContextRecipe()
@@ -828,6 +865,7 @@ class LmTraining(Settings):
 
 RECIPES: dict[str, type[Settings]] = {
     "index": IndexRecipe,
+    "vectors": GivenVectors,
     "pipeline": PipelineRecipe,
     "eval": EvalRecipe,
     "train-span-reader": ReaderTraining,

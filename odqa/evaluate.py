@@ -415,6 +415,66 @@ def evaluate(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class RankedResult:
+    """One question of a run that another system made, judged.
+
+    `rank` from 1 is that of the first passage with an answer (None: there is none) among `depth` passages; `prediction`
+    is None if the system reads nothing.
+    """
+
+    id: str
+    rank: int | None
+    depth: int
+    prediction: str | None = None
+
+
+def evaluate_rankings(
+    results: Iterable[RankedResult],
+    gold: Sequence[Gold],
+    *,
+    question_set: str,
+    split: str = "",
+    matcher: Matcher = "string",
+    depths: Sequence[int] = DEPTHS,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    notes: Sequence[str] = (),
+) -> Evaluation:
+    """Score a run of which only rankings, and perhaps answers, are known: recall@k, and em and f1 if it answers.
+
+    There is no funnel and no recall in context, for nobody knows what the reader saw, and `questions` is empty. A gold
+    question that the run lacks counts as a miss, and a note says how many. Raises DataError for one without gold.
+    """
+    by_id = _by_id(gold)
+    found = {result.id: result for result in results}
+    strangers = [query_id for query_id in found if query_id not in by_id]
+    if strangers or not found:
+        _check_same_questions(set(found) & set(by_id), strangers, by_id)
+    missing = [query_id for query_id in by_id if query_id not in found]
+    depth = max(result.depth for result in found.values())
+    is_read = any(result.prediction is not None for result in found.values())
+    judged = [found.get(query_id, RankedResult(query_id, None, 0)) for query_id in by_id]
+    values: dict[Metric, list[float]] = {}
+    if is_read:
+        answered = [(result.prediction or "", by_id[result.id].answers) for result in judged]
+        values[Metric("em")] = [100.0 * exact_match(text, answers, matcher) for text, answers in answered]
+        if matcher == "string":
+            values[Metric("f1")] = [100.0 * f1(text, answers) for text, answers in answered]
+    for k in (k for k in depths if k <= depth):
+        values[Metric("recall", k)] = [_within(result.rank, k) for result in judged if by_id[result.id].answers]
+    scores = []
+    for metric, measured in values.items():
+        if measured:
+            mean = bootstrap_interval(measured, seed=seed, resamples=resamples)
+            numbers = (mean.value, mean.low, mean.high, len(measured))
+            scores.append(Score(str(metric), *numbers, question_set, split, _matcher_name(metric, matcher)))
+    told = [*notes, *_notes(gold, matcher)]
+    if missing:
+        told.append(f"{len(missing)} questions are not in the run and count as misses (first: {missing[0]})")
+    return Evaluation(question_set, split, matcher, tuple(scores), (), 0, seed, resamples, notes=tuple(told))
+
+
 @dataclass(slots=True)
 class _Shape:
     """What a run did, to know which metrics mean something for it: depths in passages, the largest budget in tokens."""

@@ -55,6 +55,7 @@ from odqa.types import Gold, Hit, Query, Trace
 if TYPE_CHECKING:
     from odqa.pipeline import Pipeline
     from odqa.retrieve.dense import EncoderSettings
+    from odqa.retrieve.given import GivenVectors
     from odqa.retrieve.index import Index
     from odqa.stages import Reranker, Retriever
 
@@ -107,10 +108,12 @@ def build_index(
     folder = out or places.artifacts / recipe.name
     source_file = describe_file(settings.passages.file, path)
     encoder = _encoder_settings(settings.dense)
+    given = _given_vectors(settings.dense, places)
     found = finished_artifact(folder, retrieve.KIND, recipe, log)
     if found is not None:
         inputs = found.manifest["inputs"]
         is_same = encoder is None or inputs["encoder"] == _encoder_weights(encoder)
+        is_same = is_same and inputs.get("vectors") == (None if given is None else given.identity)
         if is_same and inputs["passages"] == source_file:
             log(f"{folder}: built already")
             return retrieve.load_index(folder)
@@ -122,6 +125,7 @@ def build_index(
         bm25=_bm25_settings(settings.bm25),
         encoder=encoder,
         vectors=_vector_settings(settings.dense),
+        given=given,
         recipe=recipe.resolved,
     )
     if report.pages:
@@ -182,7 +186,46 @@ def _vector_settings(settings: config.Dense | None) -> Any:
         return None
     from odqa.retrieve.vectors import VectorSettings
 
-    return VectorSettings(**settings.vectors.model_dump())
+    return VectorSettings(**settings.vectors.model_dump(exclude={"given"}))
+
+
+def _given_vectors(settings: config.Dense | None, places: Places) -> "GivenVectors | None":
+    """The vectors made elsewhere that an index recipe names; their files lie beside their sidecar, or in data:."""
+    if settings is None or settings.vectors.given is None:
+        return None
+    from odqa.retrieve.given import GivenVectors
+
+    name = settings.vectors.given
+    sidecar = load_recipe(places.file(name) if name.startswith("data:") else name, "vectors")
+    told = sidecar.settings
+    assert isinstance(told, config.GivenVectors)
+    if told.faiss is not None and settings.vectors.faiss is not None:
+        raise RecipeError(f"{name}: brings a FAISS index of its own. Remove dense.vectors.faiss from the recipe.")
+
+    def find(file: str) -> list[Path]:
+        folder = places.file("data:.") if file.startswith("data:") else sidecar.path.parent
+        path = folder / file.removeprefix("data:")
+        found = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
+        if not found or not found[0].is_file():
+            raise DataError(f"{name}: no file {path}.")
+        return found
+
+    embeddings = [path for pattern in told.embeddings for path in find(pattern)]
+    faiss = None if told.faiss is None else find(told.faiss)[0]
+    ids = None if told.ids == "rows" else find(told.ids)[0]
+    files = [*embeddings, *(path for path in (faiss, ids) if path is not None)]
+    identity = {"sidecar": sidecar.resolved, "files": [describe_file(path.name, path) for path in files]}
+    return GivenVectors(
+        name,
+        told.encoder,
+        told.normalized,
+        tuple(embeddings),
+        faiss,
+        told.metric,
+        ids,
+        told.id_prefix,
+        json.loads(json.dumps(identity)),
+    )
 
 
 # --- answering --------------------------------------------------------------------------------------------------------

@@ -100,7 +100,10 @@ def _command(command: CommandInfo) -> str:
             names = names or [f"--{name.replace('_', '-')}"]
             value = "" if kind is bool else f" {info.metavar or _PLAIN[kind].upper()}"
             many = " (may be repeated)" if get_origin(kind) is list else ""
-            shown_default = "" if default in (None, False) else f"`{default}`"
+            is_required = default is inspect.Parameter.empty
+            if is_required:
+                usage.append(f"{names[-1]}{value}")
+            shown_default = "required" if is_required else "" if default in (None, False) else f"`{default}`"
             options.append((", ".join(f"`{part}{value}`" for part in names) + many, text, shown_default))
     usage += ["[OPTIONS]"] if options else []
     parts = [f"## odqa {_name(command)}\n", f"{_help(command)}\n", f"```text\n{' '.join(usage)}\n```\n"]

@@ -1,13 +1,14 @@
 """Training examples: a question, its answers, the passage that holds one, and passages that may be taken for it.
 
 One file format for readers and re-rankers: jsonl (may be gzipped) with question, answers, title, passage, positive_ids,
-negative_ids, source. Mined rankings (`odqa mine`) come beside it: what a pipeline really finds for each question.
+negative_ids, source. DPR's training json is read too (`odqa.corpus.dpr_training`). Mined rankings (`odqa mine`) come
+beside it: what a pipeline really finds for each question.
 """
 
 import gzip
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def read_examples(
 
     With `mined` only questions that have a ranking are given (with `unranked` the others too), and its passages without
     an answer stand before those of negative_ids. A mined passage that has an answer but is not known to be right is
-    neither positive nor negative.
+    neither positive nor negative. A `.json` file (or `.json.gz`) is DPR's training json, which brings its own passages;
+    a ranking is then added to its negatives in the same way.
     Raises DataError with file and line for a row that lacks a field or names a passage that `passages` does not have.
     """
 
@@ -67,7 +69,10 @@ def read_examples(
             return None
         return _example(row, passages, ranking)
 
-    yield from _read_rows(path, example)
+    if path.name.removesuffix(".gz").endswith(".json"):
+        yield from _dpr_examples(path, passages, mined, unranked=unranked)
+    else:
+        yield from _read_rows(path, example)
 
 
 def read_solved(path: Path, *, sources: Collection[str] = ()) -> Iterator[Example]:
@@ -128,26 +133,36 @@ def _example(row: Mapping[str, object], passages: Mapping[str, Passage], found: 
     text, title = str(row["passage"]), str(row["title"])
     own = next((p for p in right if p.text == text), Passage(f"{row['id']}/gold", text, title))
     positives = (own, *(p for p in right if p is not own))
-    negatives = [passages[str(pid)] for pid in _list(row.get("negative_ids"))]
-    ranking: tuple[Passage, ...] = ()
-    if found is not None:
-        ranking = tuple(passages[pid] for pid in found.ids)
-        taken = {p.id for p in positives}
-        hard = [p for p, holds in zip(ranking, found.holds, strict=True) if not holds and p.id not in taken]
-        known = {p.id for p in hard}
-        negatives = hard + [p for p in negatives if p.id not in known]
-    return Example(
-        str(row["id"]),
-        question,
-        answers,
-        own,
-        positives,
-        tuple(negatives),
-        str(row.get("source", "")),
-        ranking,
-        found.scores if found else (),
-        found.holds if found else (),
-    )
+    negatives = tuple(passages[str(pid)] for pid in _list(row.get("negative_ids")))
+    source = str(row.get("source", ""))
+    example = Example(str(row["id"]), question, answers, own, positives, negatives, source)
+    return example if found is None else _with_ranking(example, passages, found)
+
+
+def _with_ranking(example: Example, passages: Mapping[str, Passage], found: Ranking) -> Example:
+    """The example with its mined ranking, whose passages without an answer are the first negatives."""
+    ranking = tuple(passages[pid] for pid in found.ids)
+    taken = {p.id for p in example.positives}
+    hard = [p for p, holds in zip(ranking, found.holds, strict=True) if not holds and p.id not in taken]
+    known = {p.id for p in hard}
+    negatives = (*hard, *(p for p in example.negatives if p.id not in known))
+    return replace(example, negatives=negatives, ranking=ranking, scores=found.scores, holds=found.holds)
+
+
+def _dpr_examples(
+    path: Path, passages: Mapping[str, Passage], mined: Mapping[str, Ranking] | None, *, unranked: bool
+) -> Iterator[Example]:
+    from odqa.corpus.dpr_training import read_dpr_training
+
+    for example in read_dpr_training(path):
+        found = mined.get(example.id) if mined is not None else None
+        if found is not None:
+            try:
+                yield _with_ranking(example, passages, found)
+            except KeyError as error:
+                raise DataError(f"{path}: record {example.id}: {error} is no known passage.") from error
+        elif mined is None or unranked:
+            yield example
 
 
 def _list(value: object) -> Sequence[object]:

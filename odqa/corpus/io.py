@@ -1,22 +1,29 @@
 """Passage and question files in the formats people have: DPR's, FlashRAG's, Pyserini's and plain jsonl, gzipped or not.
 
+Read, and written so that those systems read them.
+
 Readers stream: one line in memory at a time. Every mistake is a DataError of one line that names file and line. What
 a line means is decided by the file's name (.tsv, .csv, .jsonl, with or without .gz) and by its columns or keys; nothing
-is guessed from the content of a text, except for FlashRAG's titles (see `_split_contents`).
+is guessed from the content of a text, except for FlashRAG's titles (see `split_contents`).
 """
 
 import ast
+import contextlib
 import csv
 import gzip
+import io
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from odqa.errors import DataError
 from odqa.types import Gold, Passage, Query
+
+FileFormat = Literal["dpr", "pyserini", "flashrag"]
+"""Whose passage and question files; Pyserini's and FlashRAG's passages are the same jsonl."""
 
 _WATCHED_IDS = 2_000_000  # ours: about 200 MB; beyond it only the store, which sees all ids, looks for duplicates
 _LONGEST_FIELD = 1 << 24  # characters of one csv field: articles fit, a file swallowed by an open quote does not
@@ -65,6 +72,77 @@ def read_gold(path: Path) -> list[Gold]:
     return golds
 
 
+def save_passages(path: Path, passages: Iterable[Passage], file_format: FileFormat) -> int:
+    """Write a collection as another system reads it; how many passages. A name that ends in .gz is gzipped.
+
+    - `dpr`: psgs_w100.tsv, columns id, text, title, csv quoting (facebookresearch/DPR, dpr/data/retriever_data.py).
+    - `pyserini`, `flashrag`: jsonl with id and contents, the title in double quotes as its first line (Pyserini's
+      wikipedia-dpr collection; RUC-NLPIR/FlashRAG, docs/original_docs/building-index.md).
+
+    `read_passages` gives the same passages back. Raises DataError for a title with a line break.
+    """
+    count = 0
+    with writing(path) as file:
+        table = csv.writer(file, delimiter="\t", lineterminator="\n")
+        if file_format == "dpr":
+            table.writerow(("id", "text", "title"))
+        for passage in passages:
+            count += 1
+            if "\n" in passage.title or "\r" in passage.title:
+                raise DataError(f"{path}: the title of passage {passage.id!r} has a line break; no format here can.")
+            if file_format == "dpr":
+                table.writerow((passage.id, passage.text, passage.title))
+            else:
+                file.write(_json_line({"id": passage.id, "contents": join_contents(passage)}))
+    return count
+
+
+def save_questions(
+    path: Path, queries: Sequence[Query], gold: Sequence[Gold], file_format: Literal["dpr", "flashrag"]
+) -> None:
+    """Write questions with their answers, in the same order, as another system reads them.
+
+    - `dpr`: question, tab, Python list of answers (DPR's nq-test.qa.csv). It has no ids: they become line numbers.
+    - `flashrag`: jsonl with id, question, golden_answers (flashrag/dataset/dataset.py).
+    """
+    with writing(path) as file:
+        table = csv.writer(file, delimiter="\t", lineterminator="\n")
+        for query, known in zip(queries, gold, strict=True):
+            if file_format == "dpr":
+                table.writerow((query.text, repr(list(known.answers))))
+            else:
+                record = {"id": query.id, "question": query.text, "golden_answers": list(known.answers)}
+                file.write(_json_line(record))
+
+
+def join_contents(passage: Passage) -> str:
+    """Title and text as Pyserini and FlashRAG keep them: the quoted title, a line break, the text."""
+    if not passage.title and "\n" not in passage.text:
+        return passage.text
+    return f'"{passage.title}"\n{passage.text}'
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[IO[str]]:
+    """A UTF-8 text file that is there whole or not at all; gzipped, the same bytes each time, if its name says .gz."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with contextlib.ExitStack() as stack:
+            raw: Any = stack.enter_context(temporary.open("wb"))
+            if path.suffix == ".gz":
+                raw = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
+            yield stack.enter_context(io.TextIOWrapper(raw, encoding="utf-8", newline=""))
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    temporary.replace(path)
+
+
+def _json_line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
 @dataclass(frozen=True, slots=True)
 class _QuestionRow:
     line: int
@@ -80,7 +158,7 @@ class _JsonLines:
         self.path = path
 
     def __iter__(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        for line, text in _lines(self.path):
+        for line, text in read_lines(self.path):
             if not text.strip():
                 continue
             try:
@@ -146,7 +224,7 @@ def _passages(path: Path, records: _Table | _JsonLines) -> Iterator[Passage]:
         if "text" in record:
             title, text = record.get("title"), record["text"]
         elif "contents" in record:
-            title, text = _split_contents(record["contents"])
+            title, text = split_contents(record["contents"])
         else:
             raise DataError(
                 f"{path}:{line}: neither 'text' nor 'contents' in this passage (found: {', '.join(record)})."
@@ -161,7 +239,7 @@ def _passages(path: Path, records: _Table | _JsonLines) -> Iterator[Passage]:
         raise DataError(f"{path}: the file has no passages.")
 
 
-def _split_contents(contents: object) -> tuple[str, object]:
+def split_contents(contents: object) -> tuple[str, object]:
     """(title, text) of `contents`: a first line before further ones is the title, without its enclosing quotes."""
     if not isinstance(contents, str) or "\n" not in contents:
         return "", contents
@@ -246,7 +324,7 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     Quotes are read as leniently as DPR reads them, so that its 21M rows pass; the callers check what comes out.
     """
     csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.reader((text for _, text in _lines(path)), delimiter="\t")
+    reader = csv.reader((text for _, text in read_lines(path)), delimiter="\t")
     while True:
         try:
             cells = next(reader)
@@ -258,11 +336,11 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
             yield reader.line_num, cells
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number from 1, line with its end) of a UTF-8 text file, gunzipped if its first bytes say gzip."""
     line = 0
     try:
-        with _open(path) as file:
+        with open_text(path) as file:
             for line, text in enumerate(file, 1):
                 yield line, text
     except UnicodeDecodeError as error:
@@ -271,7 +349,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}: damaged gzip file after line {line} ({error}).") from error
 
 
-def _open(path: Path) -> IO[str]:
+def open_text(path: Path) -> IO[str]:
+    """A UTF-8 text file, gunzipped if its first bytes say gzip; line ends stay as they are."""
     with path.open("rb") as file:
         is_gzip = file.read(2) == b"\x1f\x8b"
     # newline="": the csv reader wants line ends as they are; utf-8-sig drops the mark that spreadsheets put first

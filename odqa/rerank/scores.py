@@ -6,9 +6,10 @@ the rest of the pipeline packs and reads. It reads no text: queries and passages
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from odqa.corpus.io import read_lines
 from odqa.errors import DataError
 from odqa.types import Hit, Query
 
@@ -58,15 +59,15 @@ class ScoreReranker:
 
 
 def load_trec_run(path: Path, *, tag: str | None = None) -> dict[str, dict[str, float]]:
-    """The scores of a TREC run file: lines of `query Q0 passage rank score tag`, in any order; ranks are not used.
+    """The scores of a TREC run file (may be gzipped), whose lines are `query Q0 passage rank score tag` in any order.
 
-    `tag` keeps the lines of one tag, for a file that holds several runs. All scores are in memory, about 100 bytes
-    each. Raises DataError with the number of a line that has not six columns, whose score is no finite number, or that
-    scores a passage a second time; also if there is nothing.
+    Ranks are not used. `tag` keeps the lines of one tag, for a file that holds several runs. All scores are in memory,
+    about 100 bytes each. Raises DataError with the number of a line that has not six columns, whose score is no finite
+    number, or that scores a passage a second time; also if there is nothing.
     """
     scores: dict[str, dict[str, float]] = {}
     tags: dict[str, None] = {}
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         columns = line.split()
         if not columns:
             continue
@@ -93,14 +94,6 @@ def load_trec_run(path: Path, *, tag: str | None = None) -> dict[str, dict[str, 
 
 
 _COLUMNS = "query Q0 passage rank score tag"
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            yield from enumerate(file, start=1)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not text in UTF-8 ({error}). A TREC run is a text file: {_COLUMNS}.") from error
 
 
 def _score(text: str) -> float | None:

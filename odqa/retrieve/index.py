@@ -17,12 +17,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from odqa.artifacts import Artifact, building, load_artifact, sha256_json
+from odqa.artifacts import Artifact, Draft, building, load_artifact, sha256_json
 from odqa.corpus.store import PART_ROWS, PassageStore, save_store
 from odqa.errors import ArtifactError, ArtifactMismatch
 from odqa.retrieve.bm25 import Bm25Searcher, Bm25Settings, ReferenceSearcher, build_bm25, load_bm25
 from odqa.retrieve.dense import Encoder, EncoderSettings, fingerprint, save_passage_vectors, tokenizer_fingerprint
 from odqa.retrieve.fuse import Normalise, alpha_fusion, reciprocal_rank_fusion, weighted_fusion
+from odqa.retrieve.given import GivenVectors, place_embeddings, place_index
 from odqa.retrieve.rankings import Rankings, Searcher, check_depth
 from odqa.retrieve.vectors import VectorSearcher, VectorSettings, build_vectors, load_vectors
 from odqa.runtime import peak_memory_bytes
@@ -39,6 +40,7 @@ def build_index(
     bm25: Bm25Settings | None = None,
     encoder: EncoderSettings | None = None,
     vectors: VectorSettings | None = None,
+    given: GivenVectors | None = None,
     recipe: Mapping[str, Any] | None = None,
     device: str = "auto",
     part_rows: int = PART_ROWS,
@@ -46,8 +48,9 @@ def build_index(
     """Build the index `path` from a stream of passages, and open it.
 
     `source` says what the passages are (path and sha256 of the file) and goes into the manifest; `bm25` and `encoder`
-    are what to build, `vectors` how the encoder's vectors are searched (default: exactly). `recipe` is the resolved
-    recipe for the manifest (default: the settings). A killed build continues when it is called again with the same
+    are what to build, `vectors` how the encoder's vectors are searched (default: exactly), `given` vectors that need
+    not be made (DataError if they are not the encoder's). `recipe` is the resolved recipe for the manifest (default:
+    the settings). A killed build continues when it is called again with the same
     arguments and a stream of the same passages; the stream is not touched if the store was finished.
     """
     dense = Encoder(encoder, device=device) if encoder else None
@@ -59,6 +62,9 @@ def build_index(
     if dense:
         settings["encoder"], settings["vectors"] = asdict(dense.resolved), asdict(vectors)
         inputs["encoder"] = _fingerprints(dense)
+        if given is not None:
+            given.check(dense)
+            inputs["vectors"] = given.identity
     inputs["settings"] = sha256_json(settings)
     scratch = ("bm25.parts",) if vectors.keeps_vectors else ("bm25.parts", "dense/vectors")
     with building(path, KIND, recipe=recipe or settings, inputs=inputs, scratch=scratch) as draft:
@@ -69,8 +75,7 @@ def build_index(
             build_bm25(store, bm25, draft)
         if dense:
             if not draft.has("dense/search/search.json"):
-                save_passage_vectors(dense, store, draft, "dense/vectors")
-                build_vectors(draft.path / "dense/vectors", vectors, draft, "dense/search")
+                _make_vectors(dense, store, vectors, given, draft)
             draft.write_json(
                 "dense/encoder.json",
                 {
@@ -83,6 +88,20 @@ def build_index(
             draft.extra["settings"] = settings
         draft.measured["peak_memory_bytes"] = peak_memory_bytes()
     return load_index(path)
+
+
+def _make_vectors(
+    encoder: Encoder, store: PassageStore, settings: VectorSettings, given: GivenVectors | None, draft: Draft
+) -> None:
+    """Make or take over the passage vectors, and make them searchable."""
+    if given is not None and given.faiss is not None:
+        place_index(given, encoder, store, draft, "dense/search", settings.search)
+        return
+    if given is not None:
+        place_embeddings(given, encoder, store, draft, "dense/vectors")
+    else:
+        save_passage_vectors(encoder, store, draft, "dense/vectors")
+    build_vectors(draft.path / "dense/vectors", settings, draft, "dense/search")
 
 
 def load_index(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -27,6 +27,11 @@ _KEPT_BYTES = (
     256 << 20
 )  # vectors that are kept in memory as float32; turning float16 into it costs more than the search
 _TRAIN_SEED = 20201004  # ours; which vectors a FAISS index is trained on
+
+
+Metric = Literal["inner-product", "l2", "dpr-hnsw"]
+"""Of a FAISS index: dpr-hnsw is L2 over one more dimension, which makes the order that of inner products
+(DPR, dpr/indexer/faiss_indexers.py: DenseHNSWFlatIndexer)."""
 
 
 class VectorParts:
@@ -48,6 +53,14 @@ class VectorParts:
     @property
     def width(self) -> int:
         return int(self.parts[0].shape[1])
+
+    def row(self, row: int) -> np.ndarray:
+        """float32 (D,): one vector. Raises IndexError outside 0 ... len - 1."""
+        for part in self.parts:
+            if 0 <= row < len(part):
+                return np.asarray(part[row], np.float32)
+            row -= len(part)
+        raise IndexError(row)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, float32 (n, D) with n <= rows) over the whole matrix."""
@@ -123,7 +136,14 @@ def load_vectors(
         raise ArtifactError(f"{path}: no vector index here ({error}). Build the index again.") from error
     if faiss is None:
         return ExactVectors(VectorParts(vectors))
-    return FaissVectors(path / "index.faiss", search=knobs if search is None else search)
+    rows = path / "rows.npy"  # of an index made elsewhere
+    return FaissVectors(
+        path / "index.faiss",
+        search=knobs if search is None else search,
+        metric=meta.get("metric", "inner-product"),
+        rows=np.load(rows, mmap_mode="r", allow_pickle=False) if rows.is_file() else None,
+        count=meta["rows"],
+    )
 
 
 class ExactVectors:
@@ -158,14 +178,42 @@ class ExactVectors:
         return best
 
 
+def read_faiss(path: Path, metric: Metric) -> Any:
+    """A FAISS index made elsewhere. Raises DataError for a file that is none, or one of another metric."""
+    import faiss
+
+    try:
+        index = faiss.read_index(str(path))
+    except RuntimeError as error:
+        raise DataError(f"{path}: FAISS cannot read it ({_last_line(error)}).") from error
+    names = {faiss.METRIC_INNER_PRODUCT: "inner-product", faiss.METRIC_L2: "l2"}
+    found = names.get(index.metric_type, f"number {index.metric_type}")
+    if found != {"dpr-hnsw": "l2"}.get(metric, metric):
+        raise DataError(f"{path}: this index has the metric {found}; the sidecar says {metric}.")
+    return index
+
+
 class FaissVectors:
-    """A FAISS index in memory. Hits whose scores are equal are put in row order."""
+    """A FAISS index in memory. Hits whose scores are equal are put in row order.
+
+    `rows` int64 (N,) is the passage row of each FAISS row (None: the same); `count` bounds what FAISS may answer. The
+    score of an L2 index is minus the squared distance.
+    """
 
     source = "dense"
 
-    def __init__(self, path: Path, *, search: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        search: Mapping[str, float],
+        metric: Metric = "inner-product",
+        rows: np.ndarray | None = None,
+        count: int | None = None,
+    ) -> None:
         import faiss
 
+        self._metric, self._rows, self._count = metric, rows, count
         try:
             self._index = faiss.read_index(str(path))
         except RuntimeError as error:
@@ -182,13 +230,23 @@ class FaissVectors:
 
     def search(self, vectors: np.ndarray, k: int) -> Rankings:
         """At most k rows a vector of (Q, D). Raises ValueError for k < 1, DataError for a wrong width or NaN."""
-        vectors = _checked(vectors, self._index.d)
+        vectors = _checked(vectors, self._index.d - (self._metric == "dpr-hnsw"))
         check_depth(k)
         k = min(k, self._index.ntotal)
+        if self._metric == "dpr-hnsw":
+            vectors = np.hstack([vectors, np.zeros((len(vectors), 1), np.float32)])
         scores, rows = self._index.search(vectors, k)
         queries = np.broadcast_to(np.arange(len(rows))[:, None], rows.shape)
         is_hit = rows >= 0
-        return rank_entries(queries[is_hit], rows[is_hit], scores[is_hit], count=len(rows), k=k, source=self.source)
+        hits = rows[is_hit]
+        if self._count is not None and len(hits) and hits.max() >= self._count:
+            raise ArtifactError(
+                f"FAISS answers with row {hits.max()} of {self._count}: its ids are not rows. Rebuild it."
+            )
+        if self._rows is not None:
+            hits = np.asarray(self._rows)[hits]
+        found = scores[is_hit] if self._metric == "inner-product" else -scores[is_hit]
+        return rank_entries(queries[is_hit], hits, found, count=len(rows), k=k, source=self.source)
 
 
 def _merge(best: Rankings, first: int, block: np.ndarray, vectors: np.ndarray) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from odqa.corpus.io import read_gold, read_passages, read_questions
+from odqa.corpus.io import FileFormat, read_gold, read_passages, read_questions, save_passages, save_questions
 from odqa.errors import DataError
 from odqa.types import Gold, Passage, Query
 
@@ -163,3 +163,50 @@ def test_a_wrong_question_file_is_one_line(tmp_path: Path, name: str, text: str,
     with pytest.raises(DataError, match=message) as error:
         read_questions(write(tmp_path / name, text))
     assert "\n" not in str(error.value)
+
+
+# --- writing
+
+
+AWKWARD = [
+    Passage("1", '"Aaron" is a\nprophet,\tsee Exodus', 'Aaron "the" Levite'),
+    Passage("b", "two\nlines, no title"),
+    Passage("c", "", "a title alone"),
+    Passage("d", 'a "quote'),
+    Passage("e", "Ünïcödé \U0001f600\u2028x", '"'),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "file_format"),
+    [("p.tsv", "dpr"), ("p.tsv.gz", "dpr"), ("p.jsonl", "pyserini"), ("p.jsonl.gz", "flashrag")],
+)
+def test_written_passages_are_read_back(tmp_path: Path, name: str, file_format: FileFormat) -> None:
+    assert save_passages(tmp_path / name, iter(AWKWARD), file_format) == len(AWKWARD)
+    assert list(read_passages(tmp_path / name)) == AWKWARD
+
+
+def test_passages_are_written_as_dpr_and_pyserini_have_them(tmp_path: Path) -> None:
+    save_passages(tmp_path / "p.tsv", DPR_PASSAGES, "dpr")
+    assert (tmp_path / "p.tsv").read_text() == DPR
+    save_passages(tmp_path / "p.jsonl", DPR_PASSAGES[:1], "pyserini")
+    assert (tmp_path / "p.jsonl").read_text() == jsonl({"id": "1", "contents": '"Aaron"\n"Aaron" is a\nprophet'})
+
+
+def test_a_title_with_a_line_break_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the title of passage 'x' has a line break"):
+        save_passages(tmp_path / "p.tsv", [*DPR_PASSAGES, Passage("x", "y", "a\nb")], "dpr")
+    assert not list(tmp_path.iterdir())
+
+
+def test_written_questions_are_read_back(tmp_path: Path) -> None:
+    queries = [Query("1", "who sang it"), Query("2", 'when "exactly"')]
+    gold = [Gold("1", ("Beyoncé", "L'Aura")), Gold("2", ('"1999"',))]
+    save_questions(tmp_path / "q.csv", queries, gold, "dpr")
+    save_questions(tmp_path / "q.jsonl", queries, gold, "flashrag")
+    for name in ("q.csv", "q.jsonl"):
+        assert read_questions(tmp_path / name) == queries
+        assert read_gold(tmp_path / name) == gold
+    first = {"id": "1", "question": "who sang it", "golden_answers": ["Beyoncé", "L'Aura"]}
+    assert (tmp_path / "q.jsonl").read_text(encoding="utf-8").startswith(jsonl(first))
+    assert (tmp_path / "q.csv").read_text(encoding="utf-8").startswith("who sang it\t")

@@ -276,7 +276,7 @@ def test_two_question_sets_of_one_name_are_refused(write: Write) -> None:
         ("", "a recipe is a mapping with a kind; found NoneType."),
         (
             "index: x\n",
-            "kind is None; expected one of index, pipeline, eval, train-span-reader, train-reranker, train-average, ",
+            "kind is None; expected one of index, vectors, pipeline, eval, train-span-reader, train-reranker, ",
         ),
         ("kind: [pipeline]\n", "kind is ['pipeline']; expected one of index,"),
         ("kind: !!python/object/apply:os.system [ls]\n", "not YAML: could not determine a constructor"),
@@ -465,7 +465,7 @@ def _pairs() -> dict[str, tuple[type[config.Settings], Any, set[str]]]:
         "bm25": (config.Bm25, Bm25Settings, {"analyzer"}),
         "analyzer": (config.AnalyzerSettings, Analyzer, {"stop_words"}),
         "dense": (config.Dense, EncoderSettings, {"vectors", "question_model"}),
-        "vectors": (config.Vectors, VectorSettings, {"search"}),
+        "vectors": (config.Vectors, VectorSettings, {"search", "given"}),
         "cross-encoder": (config.CrossEncoder, CrossEncoderReranker, {"model"}),
         "likelihood": (config.QuestionLikelihood, QuestionLikelihoodReranker, {"model", "load_options"}),
         "packer": (config.PackerSettings, GreedyPacker, {"budget"}),

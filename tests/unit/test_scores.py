@@ -105,5 +105,5 @@ def test_a_run_without_lines_is_told(write: Write, text: str, tag: str | None, t
 
 def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
     (tmp_path / "run.bin").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="not text in UTF-8"):
+    with pytest.raises(DataError, match="not UTF-8"):
         load_trec_run(tmp_path / "run.bin")
