@@ -7,9 +7,10 @@ encoder's side, and the decoder attends to the prompt's states as it does to the
 start: the attached model differs from the frozen one before any training.
 
 Positions. In a causal model the prompt has positions 0 to P - 1 and the text goes on at P, as any text would; both
-share the window. In an encoder that takes positions (BERT) all vectors of the prompt have position 0, and the text
-keeps the positions that it has without a prompt (our choice), so that no prompt moves text out of the window. An
-encoder that takes none counts by itself: by distance (T5), or from the first vector on (BART).
+share the window. In an encoder that takes positions (BERT) the prompt has the last P of them, and the text keeps those
+that it has without a prompt (our choice): no prompt moves text out of the window, and a model that learned where its
+text begins still finds it there. An encoder that takes none counts by itself: by distance (T5), or from the first vector
+on (BART).
 """
 
 from typing import Any, ClassVar, Literal
@@ -61,6 +62,7 @@ class PromptTuning(Method):
         model = backbone.model
         reader = model.get_encoder() if backbone.architecture == "seq2seq" else model
         gives_positions, is_causal = takes(reader, "position_ids"), backbone.architecture == "causal"
+        first = 0 if is_causal else max((backbone.window or self.length) - self.length, 0)
 
         def add_prompt(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
             kwargs = {**dict(zip(("input_ids",), args, strict=False)), **kwargs}
@@ -82,7 +84,7 @@ class PromptTuning(Method):
             if gives_positions:
                 given = kwargs.get("position_ids")
                 places = text_positions(text) if given is None else given.expand(batch, -1)
-                own = torch.arange(self.length, device=places.device) * is_causal
+                own = torch.arange(first, first + self.length, device=places.device)
                 kwargs["position_ids"] = insert(places + self.length * is_causal, start, own.expand(batch, -1))
             if (types := kwargs.get("token_type_ids")) is not None:
                 kwargs["token_type_ids"] = insert(types, start, types.new_zeros(batch, self.length))

@@ -314,7 +314,7 @@ def test_another_backbone_is_refused(
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
 def test_a_prompt_of_the_words_of_a_text_is_that_text(kind: str, folders: dict[str, Path]) -> None:
-    """BERT is not among them: there the vectors of a prompt have no positions of their own."""
+    """BERT is not among them: there a prompt does not take the text's positions."""
     backbone = load(kind, folders)
     words = list(backbone.tokenizer("the king was born in paris", add_special_tokens=False)["input_ids"])
     with torch.no_grad():
@@ -323,6 +323,25 @@ def test_a_prompt_of_the_words_of_a_text_is_that_text(kind: str, folders: dict[s
     method = create("prompt-tuning", backbone, length=len(words), start="text", text=text)
     method.attach(backbone)
     torch.testing.assert_close(losses(backbone), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert2bert", "odqa-mini"])
+def test_a_prompt_of_words_before_bert_is_that_text_at_the_end_of_the_window(
+    kind: str, folders: dict[str, Path]
+) -> None:
+    backbone = load(kind, folders)
+    words = list(backbone.tokenizer("the king was born in paris", add_special_tokens=False)["input_ids"])
+    window, length = backbone.window, len(words)
+    assert window is not None
+    ids = torch.tensor([[*words, *SOURCES[0]]])
+    places = torch.tensor([[*range(window - length, window), *range(len(SOURCES[0]))]])
+    encoder = backbone.model.get_encoder()
+    with torch.no_grad():
+        expected = encoder(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=places)[0]
+    create("prompt-tuning", backbone, length=length, start="text", text="the king was born in paris").attach(backbone)
+    with torch.no_grad():
+        found = backbone.encode(SOURCES[:1]).states
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
