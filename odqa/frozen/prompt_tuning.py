@@ -9,8 +9,8 @@ start: the attached model differs from the frozen one before any training.
 Positions. In a causal model the prompt has positions 0 to P - 1 and the text goes on at P, as any text would; both
 share the window. In an encoder that takes positions (BERT) the prompt has the last P of them, and the text keeps those
 that it has without a prompt (our choice): no prompt moves text out of the window, and a model that learned where its
-text begins still finds it there. An encoder that takes none counts by itself: by distance (T5), or from the first vector
-on (BART).
+text begins still finds it there. An encoder that takes none counts by itself: by distance (T5), or from the first
+vector on (BART).
 """
 
 from typing import Any, ClassVar, Literal
