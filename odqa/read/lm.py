@@ -64,7 +64,7 @@ _PLAIN: Mapping[str, Any] = {
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
     "temperature": 1.0,
-    "top_k": 0,
+    "top_k": 50,  # without do_sample nothing is cut off; any other value is warned of
     "top_p": 1.0,
 }
 
@@ -385,7 +385,7 @@ class LmReader:
                 **_PLAIN,
                 "max_new_tokens": self.max_new_tokens,
                 "num_beams": self.beams,
-                "length_penalty": self.length_penalty,
+                "length_penalty": self.length_penalty if self.beams > 1 else 1.0,
                 "num_return_sequences": 1 if self.sample else self.candidates,
                 "eos_token_id": sorted(self._ends) or None,
                 "pad_token_id": self._padding(),
