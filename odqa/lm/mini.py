@@ -38,6 +38,7 @@ _SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
     *("max_position_embeddings", "layer_norm_eps"),
 )
+_POINTER_KEYS = "odqa_pointer_keys"  # where a cache has them: they are the same at each step of a generation
 _UPDATE = "update."  # names of the low-rank update in PARTS: update.A.<module>, update.B.<module>
 
 
@@ -83,20 +84,24 @@ class PointingOutput(nn.Module):
         self.mean = nn.Parameter(torch.zeros(width))
         self.bias = nn.Parameter(torch.zeros(vocabulary))
 
+    def keys(self, source: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Source states (B, T, D), mask (B, T) -> what a decoder state is compared with (B, T, D)."""
+        known = source if mask is None else source * mask[..., None].to(source.dtype)  # nothing stands before the text
+        before = nn.functional.pad(known, (0, 0, 1, 0))[:, :-1]
+        keys: torch.Tensor = self.key(source) + self.key_before(before)
+        return keys
+
     def forward(
         self,
         states: torch.Tensor,
-        source: torch.Tensor,
+        keys: torch.Tensor,
         words: torch.Tensor,
         mask: torch.Tensor | None,
         vocabulary: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decoder states (B, N, D), source states and word vectors (B, T, D), mask (B, T), vocabulary (V, D) -> logits
-        (B, N, V) and what is pointed at (B, N, T), float32."""
-        known = source if mask is None else source * mask[..., None].to(source.dtype)  # nothing stands before the text
-        before = nn.functional.pad(known, (0, 0, 1, 0))[:, :-1]
-        keys = self.key(source) + self.key_before(before)
-        scores = self.query(states) @ keys.transpose(1, 2) * source.shape[-1] ** -0.5  # (B, N, T)
+        """Decoder states (B, N, D), keys and word vectors of the source (B, T, D), mask (B, T), vocabulary (V, D) ->
+        logits (B, N, V) and what is pointed at (B, N, T), float32."""
+        scores = self.query(states) @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5  # (B, N, T)
         if mask is not None:
             scores = scores.masked_fill(mask[:, None, :] == 0, torch.finfo(scores.dtype).min)
         pointed = scores.float().softmax(-1)
@@ -188,7 +193,12 @@ class OdqaMiniForConditionalGeneration(OdqaMiniPreTrainedModel, GenerationMixin)
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
         states = self._decode(decoder_inputs_embeds, decoder_attention_mask, source, attention_mask, past_key_values)
-        logits, pointed = self.output(states, source, words, attention_mask, self.get_input_embeddings().weight)
+        keys = getattr(past_key_values, _POINTER_KEYS, None)
+        if keys is None:
+            keys = self.output.keys(source, attention_mask)
+        if use_cache:  # beams of one source change places among themselves only, so its keys stay right
+            setattr(past_key_values, _POINTER_KEYS, keys)
+        logits, pointed = self.output(states, keys, words, attention_mask, self.get_input_embeddings().weight)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
