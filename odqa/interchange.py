@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
-from odqa.corpus.io import join_contents, read_lines, split_contents, writing
+from odqa.corpus.io import join_contents, read_lines, read_trec_lines, split_contents, writing
 from odqa.corpus.json_stream import stream_records
 from odqa.errors import DataError
 from odqa.text import Matcher, has_answer
@@ -28,7 +28,6 @@ from odqa.types import Passage
 RunFormat = Literal["trec", "dpr", "pyserini", "flashrag"]
 RUN_FORMATS: tuple[RunFormat, ...] = get_args(RunFormat)
 TREC_SUFFIXES = (".trec", ".run", ".txt", ".res")
-TREC_COLUMNS = "query Q0 passage rank score tag"
 
 _STEP = 2.0**-20  # relative: below a sixth digit, above what a 32-bit float, which trec_eval holds, can tell apart
 
@@ -114,12 +113,7 @@ def _read_trec(path: Path, tag: str | None) -> Iterator[RankedQuestion]:
         return RankedQuestion(f"{path}: line {first}", query_id, None, None, best)
 
     tags: dict[str, None] = {}
-    for number, line in read_lines(path):
-        columns = line.split()
-        if not columns:
-            continue
-        if len(columns) != 6:
-            raise DataError(f"{path}: line {number} has {len(columns)} columns; a TREC run has 6: {TREC_COLUMNS}.")
+    for number, columns in read_trec_lines(path):
         tags[columns[5]] = None
         if tag is not None and columns[5] != tag:
             continue

@@ -22,11 +22,25 @@ from typing import IO, Any, Literal
 from odqa.errors import DataError
 from odqa.types import Gold, Passage, Query
 
+TREC_COLUMNS = "query Q0 passage rank score tag"
 FileFormat = Literal["dpr", "pyserini", "flashrag"]
 """Whose passage and question files; Pyserini's and FlashRAG's passages are the same jsonl."""
 
 _WATCHED_IDS = 2_000_000  # ours: about 200 MB; beyond it only the store, which sees all ids, looks for duplicates
 _LONGEST_FIELD = 1 << 24  # characters of one csv field: articles fit, a file swallowed by an open quote does not
+
+
+def read_trec_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Number and columns of the lines of a TREC run (may be gzipped), blank ones left out: `TREC_COLUMNS`.
+
+    Raises DataError with the number of a line that has not six.
+    """
+    for number, line in read_lines(path):
+        columns = line.split()
+        if columns and len(columns) != 6:
+            raise DataError(f"{path}: line {number} has {len(columns)} columns; a TREC run has 6: {TREC_COLUMNS}.")
+        if columns:
+            yield number, columns
 
 
 def read_passages(path: Path) -> Iterator[Passage]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from odqa.corpus.io import read_lines
+from odqa.corpus.io import read_trec_lines
 from odqa.errors import DataError
 from odqa.types import Hit, Query
 
@@ -67,13 +67,7 @@ def load_trec_run(path: Path, *, tag: str | None = None) -> dict[str, dict[str, 
     """
     scores: dict[str, dict[str, float]] = {}
     tags: dict[str, None] = {}
-    for number, line in read_lines(path):
-        columns = line.split()
-        if not columns:
-            continue
-        if len(columns) != 6:
-            raise DataError(f"{path}: line {number} has {len(columns)} columns; a TREC run has 6: {_COLUMNS}.")
-        query_id, _, passage_id, _, text, found = columns
+    for number, (query_id, _, passage_id, _, text, found) in read_trec_lines(path):
         tags[found] = None
         if tag is not None and found != tag:
             continue
@@ -91,9 +85,6 @@ def load_trec_run(path: Path, *, tag: str | None = None) -> dict[str, dict[str, 
         names = ", ".join(list(tags)[:5])
         raise DataError(f"{path}: no lines of tag {tag!r} (there is {names})." if tags else f"{path}: an empty run.")
     return scores
-
-
-_COLUMNS = "query Q0 passage rank score tag"
 
 
 def _score(text: str) -> float | None:
