@@ -1,0 +1,120 @@
+"""Recipes of an index: passages in, BM25 and vectors out."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from odqa.config.base import Settings
+
+
+class DumpPassages(Settings):
+    """Passages cut from a MediaWiki dump (.xml or .xml.bz2)."""
+
+    kind: Literal["dump"] = "dump"
+    file: str
+    words: int = Field(100, ge=1, description="words a passage, as DPR")
+    skip_disambiguation: bool = True
+    strict: bool = Field(False, description="a damaged dump is an error, not a partial collection")
+
+
+class FilePassages(Settings):
+    """Ready passages: DPR tsv (.gz) or jsonl with {id, contents} or {id, title, text}."""
+
+    kind: Literal["passages"] = "passages"
+    file: str
+
+
+class AnalyzerSettings(Settings):
+    """How texts become terms. `stop_words` is "english" (Lucene's list of 33), "none", or a list."""
+
+    lowercase: bool = True
+    stop_words: Literal["english", "none"] | tuple[str, ...] = "english"
+    stemmer: str | None = Field(None, description="a Snowball algorithm such as english (extra: stemmer)")
+    token_pattern: str = r"(?u)\b\w\w+\b"
+
+
+class Bm25(Settings):
+    """A BM25 index. The defaults of k1 and b are Anserini's for passages."""
+
+    k1: float = Field(0.9, ge=0)
+    b: float = Field(0.4, ge=0, le=1)
+    titles: bool = Field(True, description="index the title together with the text")
+    engine: Literal["bm25s", "rank-bm25"] = "bm25s"
+    analyzer: AnalyzerSettings = AnalyzerSettings()
+
+
+class Vectors(Settings):
+    """How vectors are searched: exactly, or by a FAISS index-factory string with its search-time parameters."""
+
+    faiss: str | None = Field(None, description="such as IVF1024,PQ48 or HNSW32,SQ8 (inner product); None: exact")
+    search: dict[str, float] = Field({}, description="FAISS search parameters, such as {nprobe: 16}")
+    train_rows: int = Field(200_000, ge=1, description="the most vectors that quantisers are trained on")
+    keep: bool = Field(False, description="keep the vectors beside a FAISS index")
+    given: str | None = Field(None, description="passage vectors made elsewhere: a recipe of kind vectors")
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> Any:
+        """Without `given` where there is none: indexes from before there was such a key keep their hashes."""
+        record = serialize(self)
+        return record if self.given is not None else {key: value for key, value in record.items() if key != "given"}
+
+
+class Dense(Settings):
+    """A bi-encoder and the vectors it makes. `auto` and null take what the model's own files say."""
+
+    question_model: str
+    passage_model: str | None = Field(None, description="another model for passages (DPR); null: the same")
+    pooling: Literal["auto", "mean", "cls", "pooler"] = "auto"
+    normalize: bool | None = None
+    query_prefix: str = Field("", description='such as "query: " (E5)')
+    passage_prefix: str = Field("", description='such as "passage: " (E5); it stands before the title')
+    prompts: bool = Field(True, description="where no prefix is named, those that a sentence-transformers folder names")
+    query_max_tokens: int | None = Field(None, ge=4)
+    passage_max_tokens: int | None = Field(None, ge=4)
+    titles: Literal["space", "newline", "pair", "none"] = "space"
+    segments: Literal["tokenizer", "zero"] = Field(
+        "tokenizer",
+        description="token types of a pair: the tokenizer's (0 and 1), or all 0 as DPR and Spider do",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    store_dtype: Literal["float16", "float32"] = "float16"
+    vectors: Vectors = Vectors()
+
+
+class IndexRecipe(Settings):
+    """Passages in, BM25 and vectors out."""
+
+    kind: Literal["index"]
+    passages: Annotated[DumpPassages | FilePassages, Field(discriminator="kind")]
+    bm25: Bm25 | None = None
+    dense: Dense | None = None
+
+
+class GivenVectors(Settings):
+    """The sidecar of vectors or of a FAISS index made elsewhere: how they were made. Files lie beside it, or in data:.
+
+    What it says is held against the files and against the encoder of the index recipe that names it.
+    """
+
+    kind: Literal["vectors"]
+    encoder: str = Field(description="the passage encoder that made them: the recipe's, by hub name or folder name")
+    normalized: bool = Field(description="whether the vectors have unit length")
+    embeddings: tuple[str, ...] = Field((), description="DPR embedding files (pickles of id, vector); * as in a shell")
+    faiss: str | None = Field(None, description="a FAISS index, taken as it is")
+    metric: Literal["inner-product", "l2", "dpr-hnsw"] = Field(
+        "inner-product", description="of the FAISS index; dpr-hnsw: L2 over one more dimension, as DPR's HNSW has it"
+    )
+    ids: str = Field(
+        "rows",
+        description="of the FAISS index: rows (the collection's order), or a file of passage ids in its order: one a "
+        "line (Pyserini's docid), or DPR's index_meta.dpr",
+    )
+    id_prefix: str = Field("", description="what the ids have in front of the collection's, such as wiki:")
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if bool(self.embeddings) == (self.faiss is not None):
+            raise ValueError("name either embeddings or faiss.")
+        if self.embeddings and (self.metric != "inner-product" or self.ids != "rows"):
+            raise ValueError("metric and ids are those of a FAISS index; embeddings bring their ids. Remove both.")
+        return self

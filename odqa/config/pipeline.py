@@ -1,0 +1,238 @@
+"""Recipes of a pipeline: how questions are answered, stage by stage."""
+
+import itertools
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from odqa.config.base import Settings
+
+
+class Bm25Retriever(Settings):
+    kind: Literal["bm25"]
+
+
+class DenseRetriever(Settings):
+    kind: Literal["dense"]
+
+
+class HybridRetriever(Settings):
+    """BM25 and dense lists fused: by reciprocal rank, or by weighted scores (a missing score is its list's minimum)."""
+
+    kind: Literal["hybrid"]
+    depth: int = Field(100, ge=1, description="passages taken from each list")
+    fusion: Literal["weighted", "rrf"] = "weighted"
+    weights: tuple[float, float] = Field((0.0325, 0.9675), description="of BM25 and dense scores")
+    normalise: Literal["none", "min-max", "z-score"] = "none"
+    c: float = Field(60.0, ge=0, description="the constant of reciprocal rank fusion")
+
+
+class AlphaHybridRetriever(Settings):
+    """Dense + alpha * BM25 over the union of both lists; a passage that one list lacks gets that list's lowest score.
+
+    As in arXiv 2104.05740 (DPR + BM25) and 2112.07708 (Spider + BM25). scripts/tune_fusion.py chooses alpha.
+    """
+
+    kind: Literal["alpha-hybrid"]
+    alpha: float = Field(ge=0, allow_inf_nan=False, description="what BM25's score weighs; chosen on tune questions")
+    depth: int = Field(1000, ge=1, description="passages taken from each list")
+    normalise: bool = Field(False, description="first bring each list to -0.5 ... 0.5, as Pyserini does when asked to")
+
+
+AnyRetriever = Bm25Retriever | DenseRetriever | HybridRetriever | AlphaHybridRetriever
+
+
+class CrossEncoder(Settings):
+    """A cross-encoder: a trained re-ranker (embedded:NAME or its folder), or any for sequence classification.
+
+    The latter by folder or hub name. `retriever_weight` times the score that a hit came with is added to the model's.
+    """
+
+    kind: Literal["cross-encoder"]
+    model: str
+    depth: int | None = Field(None, ge=1, description="hits a question that are re-scored; None: all")
+    retriever_weight: float = Field(0.0, ge=0, allow_inf_nan=False, description="0: the model's score alone counts")
+    max_tokens: int | None = Field(None, ge=8)
+    positive_label: Literal[0, 1] = 1
+    batch_tokens: int | None = Field(None, ge=1, description="None: what is fast on the device")
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+class QuestionLikelihood(Settings):
+    """UPR: a frozen language model without training; a passage's score is the mean log-probability of the question.
+
+    The model is named as that of a generative reader. Source, also of the default wording: arXiv 2204.07496.
+    """
+
+    kind: Literal["question-likelihood"]
+    model: str
+    architecture: Literal["causal", "seq2seq"] | None = Field(None, description="None: what the model's config says")
+    prompt: str = Field(
+        "Passage: {title} {text}. Please write a question based on this passage.",
+        description="what stands before the question; the passage's end is cut if it is too long",
+    )
+    depth: int | None = Field(None, ge=1, description="hits a question that are re-scored; None: all")
+    retriever_weight: float = Field(0.0, ge=0, allow_inf_nan=False, description="0: the model's score alone counts")
+    max_tokens: int | None = Field(None, ge=8)
+    batch_tokens: int | None = Field(None, ge=1, description="None: what is fast on the device")
+    device: str = "auto"
+    dtype: str = "auto"
+    load_options: dict[str, Any] = Field({}, description="for from_pretrained: device_map, quantization_config, ...")
+
+
+class GivenScores(Settings):
+    """Scores made elsewhere: a TREC run file (query Q0 passage rank score tag), or the order of a run of odqa."""
+
+    kind: Literal["scores"]
+    run: str
+    tag: str | None = Field(None, description="the run of this name in a TREC file that holds several")
+    depth: int | None = Field(None, ge=1, description="hits a question that are re-scored; None: all")
+
+
+class Cascade(Settings):
+    """Re-rankers one after the other; each takes the first `depth` of what comes, the rest keeps its order behind."""
+
+    kind: Literal["cascade"]
+    stages: tuple[Annotated[CrossEncoder | QuestionLikelihood | GivenScores, Field(discriminator="kind")], ...] = Field(
+        min_length=2
+    )
+
+    @model_validator(mode="after")
+    def _check_depths(self) -> Self:
+        depths = [stage.depth for stage in self.stages]
+        for number, (before, depth) in enumerate(itertools.pairwise(depths), start=1):
+            if depth is None or (before is not None and depth >= before):
+                found, most = "all" if depth is None else depth, "all" if before is None else before
+                raise ValueError(
+                    f"stage {number} has the depth {found}, the one before {most}: nothing of that one's order would "
+                    "be left. Give each stage fewer hits than the one before."
+                )
+        return self
+
+
+RerankerSettings = Annotated[CrossEncoder | QuestionLikelihood | GivenScores | Cascade, Field(discriminator="kind")]
+
+
+class TrimSettings(Settings):
+    """Passages that do not fit whole are packed with their best-matching sentences, as many as fit."""
+
+    sentences: int = Field(3, ge=1, description="the most sentences of a trimmed passage, neighbours not counted")
+    around: int = Field(0, ge=0, description="neighbours kept on each side of a kept sentence")
+    whole: int | None = Field(None, ge=0, description="hits that may be packed whole; null: all, 0: all are trimmed")
+
+
+class PackerSettings(Settings):
+    """Greedy packing by score within `budget` tokens, counted over all forward passes of the reader."""
+
+    budget: int = Field(512, ge=1)
+    windows: int = Field(1, ge=1, description="windows of budget / windows tokens that a generative reader reads apart")
+    max_passages: int | None = Field(None, ge=1)
+    order: Literal["score", "reverse", "sides"] = "score"
+    duplicates: Literal["exact", "near"] = "exact"
+    resemblance: float = Field(0.5, gt=0, le=1, description="from here on two texts are near duplicates")
+    trim: TrimSettings | None = Field(None, description="null: passages go in whole or not at all")
+
+
+class SpanReaderSettings(Settings):
+    """The extractive reader: a trained artifact on a frozen encoder."""
+
+    kind: Literal["span"]
+    model: str
+    backbone: str | None = Field(None, description="another place of the same frozen weights")
+    candidates: int = Field(5, ge=1)
+    combine: Literal["sum", "max"] = "sum"
+    rank_prior: float = Field(0.0, ge=0, description="a span of the passage of rank r weighs r ** -rank_prior")
+    score_prior: float = Field(
+        0.0, ge=0, description="... of score s exp(score_prior * (s - the best s)); with a re-ranker"
+    )
+    abstain_below: float = Field(
+        0.0, ge=0, le=1, description="answer nothing when the confidence is lower; above 0 it needs a calibrated reader"
+    )
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+class DemonstrationSettings(Settings):
+    """A solved example for the prompt."""
+
+    question: str
+    answer: str
+    title: str = ""
+    text: str | None = None
+
+
+class DemonstrationPool(Settings):
+    """Solved examples for the prompt, taken from a file of reading examples."""
+
+    file: str = Field(description="jsonl of reading examples, as readers are trained on; never those of the test set")
+    count: int = Field(4, ge=1)
+    choose: Literal["random", "similar"] = Field(
+        "random", description="random: the same for all questions; similar: for each those with the nearest questions"
+    )
+    seed: int = Field(0, description="of the random choice")
+    sources: tuple[str, ...] = Field((), description="examples of these sources alone; none named: of all")
+    passages: bool = Field(True, description="show the passage of each example with it")
+
+
+class LmReaderSettings(Settings):
+    """A frozen generative LM, causal or encoder-decoder, by folder or hub name."""
+
+    kind: Literal["lm"]
+    model: str
+    method: str | None = Field(None, description="a method that was trained for this model; None: the model as it is")
+    architecture: Literal["causal", "seq2seq"] | None = Field(None, description="None: what the model's config says")
+    passages: Literal["together", "apart"] = Field(
+        "together", description="apart: each encoded in a prompt of its own, one decoder reads all (FiD)"
+    )
+    prompt: str = "open-book"
+    template: dict[str, Any] = Field({}, description="parts of the named template that are worded otherwise")
+    demonstrations: tuple[DemonstrationSettings, ...] | DemonstrationPool = ()
+    chat: bool = False
+    chat_options: dict[str, Any] = Field({})
+    window: int | None = Field(None, ge=8)
+    max_new_tokens: int = Field(32, ge=1)
+    candidates: int = Field(1, ge=1)
+    beams: int = Field(1, ge=1)
+    length_penalty: float = 0.0
+    sample: bool = False
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = 0
+    score: Literal["sum", "mean"] = "sum"
+    spelling: Literal["model", "passage"] = Field(
+        "model", description="passage: an answer is written as a packed passage writes it, if one does"
+    )
+    batch_size: int = Field(8, ge=1)
+    guard: bool = Field(False, description="hash the model around every call: proof that no weight changed")
+    device: str = "auto"
+    dtype: str = "auto"
+    load_options: dict[str, Any] = Field({}, description="for from_pretrained: device_map, quantization_config, ...")
+
+
+class PipelineRecipe(Settings):
+    """How questions are answered. Without `index` and `retriever` it is closed-book."""
+
+    kind: Literal["pipeline"]
+    index: str | None = Field(None, description="an index recipe, or the folder of an index")
+    retriever: Annotated[AnyRetriever, Field(discriminator="kind")] | None = None
+    k: int = Field(100, ge=1, description="passages that leave the retriever")
+    reranker: RerankerSettings | None = None
+    packer: PackerSettings = PackerSettings()
+    reader: Annotated[SpanReaderSettings | LmReaderSettings, Field(discriminator="kind")]
+    batch: int = Field(64, ge=1, description="questions that go through the stages together in run and eval")
+
+    @model_validator(mode="after")
+    def _check_retriever(self) -> Self:
+        if self.retriever is not None and self.index is None:
+            raise ValueError(f"a {self.retriever.kind} retriever needs an index. Name one under index.")
+        return self
+
+    @model_validator(mode="after")
+    def _check_windows(self) -> Self:
+        if self.packer.windows > 1 and (self.reader.kind == "span" or self.reader.passages == "apart"):
+            raise ValueError(
+                f"packer.windows is {self.packer.windows}, but this reader sees every passage apart. Set windows: 1."
+            )
+        return self
