@@ -122,7 +122,7 @@ def test_two_number_formats_are_compared(
 def test_overlap_counts_rows_that_both_tops_have() -> None:
     from odqa.retrieve.rankings import Rankings
 
-    top_overlap = runpy.run_path(str(SCRIPTS / "bench.py"))["top_overlap"]
+    top_overlap = runpy.run_path(str(SCRIPTS / "bench.py"))["precision"].top_overlap
 
     def of(*rows: list[int]) -> Rankings:
         array = np.array(rows, np.int64)

@@ -1,0 +1,1 @@
+"""One benchmark a module: `scripts/bench.py` makes a subcommand of each."""
