@@ -377,12 +377,16 @@ def _pretrain_lm(recipe: Recipe, settings: config.LmTraining, places: Places, fo
     from odqa.corpus.io import read_gold, read_passages, read_questions
     from odqa.frozen.fit import FitSettings
     from odqa.lm import pretrain
+    from odqa.lm.mini import PARTS
     from odqa.lm.tasks import Corpus
     from odqa.runtime import choose_device, has_fast_bf16, peak_memory_bytes
 
     names = (*settings.passages, settings.train, *(tune.file for tune in settings.tune))
     files = {name: places.file(name) for name in names}
     inputs: dict[str, Any] = {name: describe_file(name, path)["sha256"] for name, path in files.items()}
+    start = None if settings.start is None else places.file(settings.start)
+    if start is not None:
+        inputs["start"] = sha256_file(start / PARTS)
     found = finished_artifact(folder, LANGUAGE_MODEL, recipe, log)
     if found is not None and found.manifest["inputs"] == inputs:
         log(f"{folder}: trained already")
@@ -402,18 +406,25 @@ def _pretrain_lm(recipe: Recipe, settings: config.LmTraining, places: Places, fo
         ][: chosen.limit]
         for chosen in settings.tune
     }
-    corpus = Corpus(list(passages.values()), examples)
+    corpus = Corpus(list(passages.values()), examples, settings.mix.long_share)
     autocast = has_fast_bf16() or not on_cpu if settings.autocast is None else settings.autocast
     fit_settings = FitSettings(**settings.fit.model_dump(), autocast=autocast)
     common: dict[str, Any] = {"device": device, "attention": "eager" if on_cpu else "sdpa", "log": log}
     kind, scratch = LANGUAGE_MODEL, (pretrain.CHECKPOINT,)
     with building(folder, kind, recipe=recipe.resolved, inputs=inputs, scratch=scratch, unlisted=(PICTURE,)) as draft:
         common["checkpoint"] = draft.path / pretrain.CHECKPOINT
-        mix = pretrain.MixSettings(**settings.mix.model_dump())
+        mix = pretrain.MixSettings(**settings.mix.model_dump(exclude={"long_share"}))
         sizes = settings.model.model_dump(exclude={"kind"})
         if isinstance(settings.model, config.EncoderDecoderLm):
             curve, saved = pretrain.pretrain_encoder_decoder(
-                draft.path, pretrain.EncoderDecoderSizes(**sizes), corpus, mix, tune, fit_settings, **common
+                draft.path,
+                pretrain.EncoderDecoderSizes(**sizes),
+                corpus,
+                mix,
+                tune,
+                fit_settings,
+                start=start,
+                **common,
             )
         else:
             curve, saved = pretrain.pretrain_decoder(

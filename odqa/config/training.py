@@ -262,6 +262,7 @@ class MixRecipe(Settings):
     items: int = Field(32, ge=1)
     longest: int = Field(256, ge=16)
     longest_target: int = Field(24, ge=1)
+    long_share: float = Field(0.0, ge=0, le=1, description="passages lengthened by others of their article")
     seed: int = 0
 
 
@@ -303,6 +304,7 @@ class LmTraining(Settings):
     sources: tuple[str, ...] = Field(min_length=1, description="the sources of examples that are used, and no other")
     mix: MixRecipe
     fit: LmFit
+    start: str | None = Field(None, description="an encoder-decoder of the same sizes to go on from; null: its encoder")
     tune: tuple[TuneSet, ...] = ()
     device: str = "auto"
     autocast: bool | None = Field(None, description="forward pass in bfloat16; None: where that is fast")
@@ -313,4 +315,6 @@ class LmTraining(Settings):
         wanted = {"update", "decoder"} if self.model.kind == "encoder-decoder" else {"model"}
         if set(self.fit.learning_rates) != wanted:
             raise ValueError(f"fit.learning_rates must name {' and '.join(sorted(wanted))} for a {self.model.kind}.")
+        if self.start is not None and self.model.kind != "encoder-decoder":
+            raise ValueError("start is for encoder-decoders; a decoder begins with random values. Remove it.")
         return self

@@ -39,7 +39,7 @@ _SIZES = (
     *("max_position_embeddings", "layer_norm_eps"),
 )
 _POINTER_KEYS = "odqa_pointer_keys"  # where a cache has them: they are the same at each step of a generation
-_UPDATE = "update."  # names of the low-rank update in PARTS: update.A.<module>, update.B.<module>
+UPDATE = "update."  # names of the low-rank update in PARTS: update.A.<module>, update.B.<module>
 
 
 class MiniEncoder(nn.Module):
@@ -300,8 +300,8 @@ def assemble(parts: Path, config: OdqaMiniConfig) -> dict[str, torch.Tensor]:
     weights = encoder_weights(config)
     update: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(parts).items():
-        if name.startswith(_UPDATE):
-            update[name.removeprefix(_UPDATE)] = tensor.float()
+        if name.startswith(UPDATE):
+            update[name.removeprefix(UPDATE)] = tensor.float()
         else:
             weights[name] = tensor.float()
     for name in [name.removeprefix("A.") for name in update if name.startswith("A.")]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -20,7 +20,8 @@ from odqa.corpus.examples import Example
 from odqa.frozen.backbone import Backbone
 from odqa.frozen.fit import FitSettings, fit
 from odqa.frozen.lora import Lora
-from odqa.lm.mini import PARTS, OdqaMiniForConditionalGeneration, configure, start_from_encoder
+from odqa.frozen.method import load_tensors
+from odqa.lm.mini import PARTS, UPDATE, OdqaMiniForConditionalGeneration, configure, start_from_encoder
 from odqa.lm.tasks import Corpus, make, reading_parts
 from odqa.models import embedded_folder
 from odqa.text import as_written, exact_match
@@ -159,11 +160,13 @@ def pretrain_encoder_decoder(
     *,
     checkpoint: Path,
     device: torch.device,
+    start: Path | None = None,
     attention: str = "sdpa",
     log: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[dict[str, Any]], int]:
-    """Train from MiniLM's own layers and save into `folder`. Returns the curve and how many values were saved.
+    """Train and save into `folder`. Returns the curve and how many values were saved.
 
+    It begins with MiniLM's own layers, or with what an earlier edition of the same sizes saved (`start`: its folder).
     `tune`: examples whose passage is read; exact match is measured where the settings say.
     """
     tokenizer = AutoTokenizer.from_pretrained(embedded_folder(sizes.encoder) or sizes.encoder)
@@ -177,6 +180,8 @@ def pretrain_encoder_decoder(
     update = Lora(encoder, rank=config.rank, alpha=config.alpha)
     update.attach(encoder)
     trained = Mini(model).requires_grad_(True)
+    if start is not None:
+        load_parts(start, trained, update)
 
     def loss(batch: TokenBatch) -> torch.Tensor:
         at = batch.to(device)
@@ -199,12 +204,24 @@ def pretrain_encoder_decoder(
         log=log,
     )
     tensors = {name: value.detach().cpu().half().contiguous() for name, value in trained.named_parameters()}
-    tensors |= {f"update.{name}": value.detach().cpu().half().contiguous() for name, value in update.named_parameters()}
+    tensors |= {
+        f"{UPDATE}{name}": value.detach().cpu().half().contiguous() for name, value in update.named_parameters()
+    }
     save_file(tensors, folder / PARTS)
     update.detach()
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     return result.curve, sum(tensor.numel() for tensor in tensors.values())
+
+
+def load_parts(folder: Path, trained: Mini, update: Lora) -> None:
+    """Copy what an earlier edition saved. Raises ArtifactError if it has other sizes."""
+    saved = load_file(folder / PARTS)
+    for module, tensors in (
+        (trained, {name: tensor for name, tensor in saved.items() if not name.startswith(UPDATE)}),
+        (update, {name.removeprefix(UPDATE): tensor for name, tensor in saved.items() if name.startswith(UPDATE)}),
+    ):
+        load_tensors(module, tensors, str(folder / PARTS))
 
 
 def pointing_loss(pointed: torch.Tensor, source: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

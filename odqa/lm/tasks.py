@@ -18,6 +18,7 @@ arXiv 2110.08207), denoising is T5's (Raffel et al. 2019, arXiv 1910.10683).
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -28,6 +29,7 @@ from odqa.types import Passage
 
 T = TypeVar("T")
 GAP = "[MASK]"
+LONG_WORDS = 270  # our choice: with its question about 400 tokens of MiniLM's, the longest that odqa-mini-2 learns from
 INSTRUCTIONS: Mapping[str, str] = {
     "read": "Answer the question from the passage.",
     "cloze": "Fill the gap from the passage.",
@@ -60,12 +62,21 @@ class Item:
         return " ".join(self.parts)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Corpus:
-    """What tasks draw from."""
+    """What tasks draw from. Of the passages of the tasks `read` and `cloze`, `long_share` (0 to 1) are lengthened."""
 
     passages: Sequence[Passage]
     examples: Sequence[Example]
+    long_share: float = 0.0
+
+    @cached_property
+    def articles(self) -> Mapping[str, Sequence[Passage]]:
+        """The passages by title."""
+        found: dict[str, list[Passage]] = {}
+        for passage in self.passages:
+            found.setdefault(passage.title, []).append(passage)
+        return found
 
 
 def make(task: str, corpus: Corpus, rng: np.random.Generator) -> Item:
@@ -92,7 +103,7 @@ def _read(corpus: Corpus, rng: np.random.Generator) -> Made:
     answer, start = next(((a, place) for a, place in places if place >= 0), ("", -1))
     if start < 0:
         return None
-    part = _around(text, start, start + len(answer), rng)
+    part = _shown(corpus, example.passage, start, start + len(answer), rng)
     return reading_parts(example.question, replace(example.passage, text=part))[1:], answer
 
 
@@ -109,7 +120,7 @@ def _cloze(corpus: Corpus, rng: np.random.Generator) -> Made:
         return None
     gap = phrases[rng.integers(len(phrases))]
     sentence = f"{passage.text[start : gap.start()]}{GAP}{passage.text[gap.end() : end]}"
-    part = _around(passage.text, gap.start(), gap.end(), rng)
+    part = _shown(corpus, passage, gap.start(), gap.end(), rng)
     return (f"Sentence: {sentence}", f"Passage: {passage.title}. {part}"), gap[0]
 
 
@@ -167,6 +178,26 @@ def _draw(values: Sequence[T], rng: np.random.Generator) -> T:
 def _sentence(text: str, rng: np.random.Generator) -> tuple[int, int]:
     spans = sentence_spans(text)
     return spans[int(rng.integers(len(spans)))]
+
+
+def _shown(corpus: Corpus, passage: Passage, start: int, end: int, rng: np.random.Generator) -> str:
+    """What the model sees of a passage: itself or a part of it (`_around`), or a long one (`_lengthened`)."""
+    if rng.random() < corpus.long_share:
+        return _lengthened(corpus, passage, rng)
+    return _around(passage.text, start, end, rng)
+
+
+def _lengthened(corpus: Corpus, passage: Passage, rng: np.random.Generator) -> str:
+    """A passage somewhere among others of its article, as one text of at most `LONG_WORDS` words."""
+    others = [other for other in corpus.articles.get(passage.title, ()) if other.text != passage.text]
+    texts, words = [passage.text], len(passage.text.split())
+    for number in rng.permutation(len(others)).tolist():
+        more = len(others[number].text.split())
+        if words + more > LONG_WORDS:
+            break
+        texts.insert(int(rng.integers(len(texts) + 1)), others[number].text)
+        words += more
+    return " ".join(texts)
 
 
 def _around(text: str, start: int, end: int, rng: np.random.Generator) -> str:

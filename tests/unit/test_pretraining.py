@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from odqa.corpus.examples import Example
+from odqa.errors import ArtifactError
 from odqa.frozen.fit import FitSettings
 from odqa.lm import pretrain
 from odqa.lm.pretrain import IGNORED, Mix, MixSettings, pad, pointing_loss
@@ -58,6 +60,18 @@ def test_what_is_missing_fills_the_gaps() -> None:
         for missing in denoise.target.split(" | "):
             restored = restored.replace(GAP, missing, 1)
         assert restored in TEXT
+
+
+def test_a_long_passage_is_the_passage_among_others_of_its_article() -> None:
+    article = [Passage(f"p{i}", f"Part {i} " + "and so on " * 25, "Tiber") for i in range(6)]  # 77 words each
+    elsewhere = Passage("q", "Something else " * 10, "Po")
+    corpus = Corpus([*article, elsewhere], [replace(EXAMPLES[0], passage=replace(article[2], text=TEXT))], 1.0)
+    for seed in range(20):
+        source = make("read", corpus, np.random.default_rng(seed)).source
+        shown = source.partition("Passage: Tiber. ")[2]
+        assert TEXT in shown and "Something else" not in shown
+        # 43 words of its own, then as many parts of 77 as stay below 270
+        assert shown.count("Part ") == 2
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +158,26 @@ def test_a_pretraining_that_was_stopped_ends_with_the_same_bytes(kind: str, enco
     model, tokenizer = auto.from_pretrained(parts), AutoTokenizer.from_pretrained(parts)
     out = model.generate(**tokenizer("Where does the Tiber begin?", return_tensors="pt", return_token_type_ids=False))
     assert out.shape[0] == 1
+
+
+def test_a_later_edition_begins_with_what_an_earlier_one_saved(encoder: Path, tmp_path: Path) -> None:
+    def train(name: str, start: Path | None, fit: FitSettings) -> dict[str, torch.Tensor]:
+        folder = tmp_path / name
+        folder.mkdir()
+        sizes = SimpleNamespace(encoder=str(encoder), layers=(0, 1), rank=2, alpha=4.0)
+        mix = MixSettings({"read": 1.0}, items=4, longest=96)
+        common: dict[str, Any] = {"checkpoint": folder / pretrain.CHECKPOINT, "device": CPU, "start": start}
+        pretrain.pretrain_encoder_decoder(folder, sizes, CORPUS, mix, {}, fit, **common)
+        return load_file(folder / "parts.safetensors")
+
+    still = replace(FIT, steps=1, learning_rates={"update": 0.0, "decoder": 0.0})
+    first = train("first", None, replace(FIT, steps=8))
+    second = train("second", tmp_path / "first", still)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    (tmp_path / "first" / "parts.safetensors").unlink()
+    save_file({**first, "output.mean": torch.zeros(3)}, tmp_path / "first" / "parts.safetensors")
+    with pytest.raises(ArtifactError, match=r"output\.mean has shape"):
+        train("third", tmp_path / "first", still)
 
 
 def test_the_curve_is_written_without_seconds(tmp_path: Path) -> None:
