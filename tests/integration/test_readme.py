@@ -1,4 +1,4 @@
-"""The README does what it says: its commands and its Python example run, from top to bottom, in a folder of their own.
+"""README and guides do what they say: their commands and the Python example run, in order, in a folder of their own.
 
 Commands on the data folder run on a small stand-in with the same file names, filled from the embedded collection.
 What takes hours (training, all of Wikipedia) is checked as far as its recipe.
@@ -28,7 +28,8 @@ from tests.command_line import Outcome, odqa
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "odqa" / "assets"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+GUIDES = [file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs/guides").glob("*.md"))]
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", "\n".join([README, *GUIDES]), flags=re.MULTILINE | re.DOTALL)
 QUESTIONS = 6  # a set; enough to go through every stage
 TOO_LONG = ("odqa train", "odqa mine", "nq-open.yaml")
 
