@@ -241,6 +241,15 @@ def _replace(partial: Path, path: Path) -> None:
     _sync_folder(path.parent)
 
 
+def save_file(file: Path, text: str) -> None:
+    """Write a small file outside of an artifact so that it is there whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    _write_text(temporary, text)
+    _sync(temporary)
+    temporary.replace(file)
+
+
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 

@@ -81,13 +81,15 @@ def has_answer(text: str, answers: Sequence[str], matcher: Matcher = "string") -
     return any(needle in haystack for needle in map(token_string, answers) if needle != _NO_TOKENS)
 
 
-def answer_spans(text: str, answers: Sequence[str]) -> list[tuple[int, int]]:
+def answer_spans(text: str, answers: Sequence[str], matcher: Matcher = "string") -> list[tuple[int, int]]:
     """Every place where the tokens of an answer stand side by side: `text[start:end]`, sorted, each once, may overlap.
 
-    Same matching as `has_answer` with the string matcher: the list is empty exactly if that is False. Offsets count the
-    characters of `text` as it is. Where only a part of a character matched (the "<" of a composed "≮"), the whole
-    character is in the span.
+    Same matching as `has_answer`: the list is empty exactly if that is False. Offsets count the characters of `text` as
+    it is. Where only a part of a character matched (the "<" of a composed "≮"), the whole character is in the span. Of
+    a pattern (matcher regex) the matches do not overlap; one that is empty is a span without characters.
     """
+    if matcher == "regex":
+        return _pattern_spans(text, answers)
     haystack = token_string(text)
     needles = {needle for needle in map(token_string, answers) if needle != _NO_TOKENS and needle in haystack}
     if not needles:
@@ -102,6 +104,14 @@ def answer_spans(text: str, answers: Sequence[str]) -> list[tuple[int, int]]:
             found.add((tokens[first][0], tokens[first + width - 1][1]))
             at = haystack.find(needle, at + 1)
     return sorted(found)
+
+
+def _pattern_spans(text: str, answers: Sequence[str]) -> list[tuple[int, int]]:
+    decomposed = unicodedata.normalize("NFD", text)
+    owner = [i for i, character in enumerate(text) for _ in unicodedata.normalize("NFD", character)]
+    owner.append(len(text))
+    spans = (match.span() for pattern in _patterns(tuple(answers)) for match in pattern.finditer(decomposed))
+    return sorted({(owner[start], owner[end - 1] + 1 if end > start else owner[start]) for start, end in spans})
 
 
 def tokenize(text: str) -> list[str]:

@@ -43,7 +43,8 @@ class QuestionSet(Settings):
     file: str | None = None
     hub: str | None = Field(None, description="a name of the hub or a local folder; needs the extra datasets")
     split: str
-    limit: int | None = Field(None, ge=1, description="only so many questions, the first ones")
+    without: tuple[str, ...] = Field((), description="question files; what is asked there, word by word, is left out")
+    limit: int | None = Field(None, ge=1, description="only so many questions, the first ones that are left")
     matcher: Literal["string", "regex"] = "string"
     expected: dict[str, dict[str, Expected]] = Field({}, description="by the name of a pipeline recipe, then by metric")
 
@@ -58,6 +59,12 @@ class QuestionSet(Settings):
         if (self.file is None) == (self.hub is None):
             raise ValueError(f"question set {self.name} needs either a file or a data set (hub).")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> Any:
+        """Without `without` where nothing is left out: recipes from before there was such a key keep their hashes."""
+        record = serialize(self)
+        return record if self.without else {key: value for key, value in record.items() if key != "without"}
 
 
 class Variant(Settings):
@@ -147,6 +154,13 @@ class EvalRecipe(Settings):
     published: tuple[Published, ...] = Field((), description="figures of others to print beside ours")
     figure: FigureSettings | None = Field(None, description="drawn by odqa eval --save; needs the extra plots")
     seed: int = 0
+    ceiling: bool = Field(False, description="count the questions that any passage of the collection answers")
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> Any:
+        """Without `ceiling` where it is not asked for: recipes from before there was such a key keep their hashes."""
+        record = serialize(self)
+        return record if self.ceiling else {key: value for key, value in record.items() if key != "ceiling"}
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

@@ -13,6 +13,7 @@ Metrics, for a question with gold answers:
     final_recall@k      the same in the ranking that the first pass packs from: rerank_recall@k with a re-ranker, and
                         recall@k without, so that systems with and without one compare
     recall_in_context   an answer is in the kept text of one packed passage of any pass (titles do not count)
+    ceiling             an answer is in some passage of the collection, found or not (`odqa.evaluate.ceiling`)
     tokens              tokens given to the reader, summed over its passes
 
 Without gold answers (unanswerable), only abstaining is right: em and f1 count it; recall has nothing to find and leaves
@@ -37,10 +38,19 @@ closed-book run a question is `correct without evidence` or `not retrieved`.
 Answering or not (selective prediction) is judged from the confidence of the best answer, given or withheld: see
 `odqa.evaluate.selective`. Confidence is a reader's calibrated probability; a run without it has no such numbers.
 
-The way of the data: `funnel` judges a question, `metrics` reads it, `scores` sums a run up with `intervals`, `compare`
-pairs two runs.
+The way of the data: `funnel` judges a question, `metrics` reads it, `scores` sums a run up with `intervals`,
+`breakdowns` does so for questions of a kind, `compare` pairs two runs.
 """
 
+from odqa.evaluate.breakdowns import (
+    Group,
+    answer_type,
+    break_down,
+    question_word,
+    reach_curve,
+    recall_curve,
+)
+from odqa.evaluate.ceiling import AnswerSearch, questions_with_answer
 from odqa.evaluate.compare import (
     GAIN_METRICS,
     Check,
@@ -74,6 +84,7 @@ __all__ = [
     "GAIN_METRICS",
     "OUTCOMES",
     "RESAMPLES",
+    "AnswerSearch",
     "Check",
     "Comparison",
     "Decision",
@@ -81,6 +92,7 @@ __all__ = [
     "Evaluation",
     "Expectation",
     "Gain",
+    "Group",
     "Interval",
     "Metric",
     "Outcome",
@@ -90,9 +102,11 @@ __all__ = [
     "Score",
     "Selective",
     "TextOf",
+    "answer_type",
     "auroc",
     "auroc_interval",
     "bootstrap_interval",
+    "break_down",
     "calibration_error",
     "check_expectations",
     "compare",
@@ -101,6 +115,10 @@ __all__ = [
     "judge",
     "measure_gain",
     "paired_difference",
+    "question_word",
+    "questions_with_answer",
+    "reach_curve",
+    "recall_curve",
     "refused",
     "risk_coverage",
     "selective",

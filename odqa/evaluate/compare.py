@@ -35,6 +35,21 @@ class Comparison:
     differences: tuple[Difference, ...]
     changed: tuple[tuple[QuestionResult, QuestionResult], ...]
 
+    @property
+    def won(self) -> list[tuple[QuestionResult, QuestionResult]]:
+        """Questions that only the second run answers right."""
+        return [(first, second) for first, second in self.changed if second.em and not first.em]
+
+    @property
+    def lost(self) -> list[tuple[QuestionResult, QuestionResult]]:
+        """Questions that only the first run answers right."""
+        return [(first, second) for first, second in self.changed if first.em and not second.em]
+
+    @property
+    def moved(self) -> list[tuple[QuestionResult, QuestionResult]]:
+        """Questions that both answer right or both wrong, for another reason."""
+        return [(first, second) for first, second in self.changed if first.em == second.em]
+
 
 def compare(
     first: Evaluation,

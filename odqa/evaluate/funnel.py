@@ -28,6 +28,7 @@ class QuestionResult:
     Ranks count from 1 and are those of the first passage with an answer in the first pass, None if there is none. `f1`
     is 0 to 1, None against patterns. `tokens` is summed over `passes`. `confidence` is the reader's in its best answer,
     and `best_is_right` says whether that answer is, be it given or withheld; None: the reader is not calibrated.
+    `in_collection` says whether any passage of the collection holds an answer; None: nobody has looked.
     """
 
     id: str
@@ -44,6 +45,7 @@ class QuestionResult:
     passes: int
     confidence: float | None = None
     best_is_right: bool | None = None
+    in_collection: bool | None = None
 
     @property
     def is_answerable(self) -> bool:
@@ -57,7 +59,9 @@ class QuestionResult:
         return Decision(self.confidence, is_right=self.best_is_right, is_answerable=self.is_answerable)
 
 
-def judge(trace: Trace, gold: Gold, text_of: TextOf, *, matcher: Matcher = "string") -> QuestionResult:
+def judge(
+    trace: Trace, gold: Gold, text_of: TextOf, *, matcher: Matcher = "string", in_collection: bool | None = None
+) -> QuestionResult:
     """Compare one trace with its gold answers. `text_of` gives the text of a passage that was found but not packed."""
     finder = _Finder(gold, text_of, matcher)
     right = [exact_match(answer.text, gold.answers, matcher) for answer in trace.answers]
@@ -79,6 +83,7 @@ def judge(trace: Trace, gold: Gold, text_of: TextOf, *, matcher: Matcher = "stri
         passes=len(trace.answers),
         confidence=trace.answer.confidence,
         best_is_right=None if trace.answer.confidence is None else _best_is_right(trace.answer, gold, matcher),
+        in_collection=in_collection,
     )
 
 

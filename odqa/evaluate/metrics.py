@@ -56,6 +56,9 @@ _VALUES: dict[str, Callable[[QuestionResult, int], float | None]] = {
     "rerank_recall": _answerable(lambda question, k: within(question.rerank_rank, k)),
     "final_recall": _answerable(lambda question, k: within(question.final_rank, k)),
     "recall_in_context": _answerable(lambda question, _: 100.0 * question.in_context),
+    "ceiling": lambda question, _: (
+        100.0 * question.in_collection if question.is_answerable and question.in_collection is not None else None
+    ),
     "tokens": lambda question, _: float(question.tokens),
 }
 _WITH_DEPTH = frozenset({"recall", "rerank_recall", "final_recall"})

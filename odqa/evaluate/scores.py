@@ -1,7 +1,7 @@
 """A run scored: every question judged, every metric with its n, matcher and interval; and that as JSON."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,11 +136,13 @@ def evaluate(
     seed: int = 0,
     resamples: int = RESAMPLES,
     measured: Mapping[str, Any] | None = None,
+    in_collection: Collection[str] | None = None,
 ) -> Evaluation:
     """Score a run.
 
     `text_of` maps a passage id to its text, without the title (a store's look-up; not called for packed passages).
     recall@k is measured for the `depths` that the run retrieved to; one that went to 20 has no recall@100.
+    `in_collection` are the ids of the questions that any passage of the collection answers (None: nobody has looked).
     Raises DataError if run and gold are not about the same questions, or if there are none.
     """
     by_id = _by_id(gold)
@@ -151,11 +153,12 @@ def evaluate(
         if trace.query.id not in by_id:
             strangers.append(trace.query.id)
             continue
-        questions.append(judge(trace, by_id[trace.query.id], text_of, matcher=matcher))
+        held = None if in_collection is None else trace.query.id in in_collection
+        questions.append(judge(trace, by_id[trace.query.id], text_of, matcher=matcher, in_collection=held))
         shape.see(trace)
     _check_same_questions({question.id for question in questions}, strangers, by_id)
     scores = []
-    for metric in shape.metrics(depths, matcher):
+    for metric in [*shape.metrics(depths, matcher), *([Metric("ceiling")] if in_collection is not None else [])]:
         values = [value for question in questions if (value := metric.value(question)) is not None]
         if values:
             mean = bootstrap_interval(values, seed=seed, resamples=resamples)
@@ -325,4 +328,5 @@ def _question_to_json(question: QuestionResult) -> dict[str, Any]:
         "passes": question.passes,
         "confidence": None if question.confidence is None else round(question.confidence, 6),
         "best_is_right": question.best_is_right,
+        **({} if question.in_collection is None else {"in_collection": question.in_collection}),
     }

@@ -282,3 +282,10 @@ def test_what_is_written_is_in_the_passage_or_the_text_itself(before: str, text:
     written = as_written(text, [passage])
     assert written in passage
     assert as_written(written, [passage]) == written
+
+
+def test_spans_of_a_pattern_are_those_of_the_text_as_it_is() -> None:
+    text = "Heyrovsk\u00fd was born in 1890 and won in 1959."
+    found = answer_spans(text, [r"1\d\d\d", "Heyrovsk[y\u00fd]", "("], "regex")
+    assert [text[start:end] for start, end in found] == ["Heyrovsk\u00fd", "1890", "1959"]
+    assert answer_spans(text, ["Prague"], "regex") == []
