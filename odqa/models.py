@@ -17,6 +17,11 @@ _EMBEDDED = {
 }
 
 
+def is_embedded_model(name: str) -> bool:
+    """Whether a name is that of an embedded model, not of a trained part or another kind of name."""
+    return name in _EMBEDDED
+
+
 def embedded_folder(name: str) -> Path | None:
     """The folder of an embedded model, found without importing its package; None for a name of another kind.
 
