@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -169,6 +169,12 @@ class Progress:
     def advance(self, count: int = 1) -> None:
         if self._bar is not None:
             self._bar.update(count)
+
+    def over(self, items: Iterable[V]) -> Iterator[V]:
+        """The items as they are; each is counted when the next one is asked for."""
+        for item in items:
+            yield item
+            self.advance()
 
     def close(self) -> None:
         if self._bar is not None:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from odqa.runtime import progress
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "eval" / "results"
 
@@ -39,14 +41,16 @@ def interleaved(
     for run in systems.values():
         run(0)
     seconds: dict[str, list[list[float]]] = {name: [] for name in systems}
-    for _ in range(repeats):
-        for each in seconds.values():
-            each.append([])
-        for number in range(questions):
-            for name, run in systems.items():
-                started = time.perf_counter()
-                run(number)
-                seconds[name][-1].append(time.perf_counter() - started)
+    with progress("bench", repeats * questions, "rounds") as bar:
+        for _ in range(repeats):
+            for each in seconds.values():
+                each.append([])
+            for number in range(questions):
+                for name, run in systems.items():
+                    started = time.perf_counter()
+                    run(number)
+                    seconds[name][-1].append(time.perf_counter() - started)
+                bar.advance()
     return seconds
 
 

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.common import RESULTS, ROOT, save_result, sha256
+from odqa.runtime import progress
 
 # What our side runs: the same job as wikiextractor's --json, a line of JSON for each article, in a file.
 _OURS = """
@@ -74,8 +75,8 @@ def dump(
     """Dump to clean text: odqa against wikiextractor, CPU seconds on the same files."""
     ours: dict[Path, list[float]] = {path: [] for path in dumps}
     theirs: dict[Path, list[float]] = {path: [] for path in dumps}
-    for _ in range(repeats):
-        for path in dumps:
+    with progress("bench", repeats * len(dumps), "dumps") as bar:
+        for path in bar.over(dumps * repeats):
             with tempfile.TemporaryDirectory() as folder:
                 ours[path].append(cpu_seconds([sys.executable, "-c", _OURS, str(path), f"{folder}/articles.jsonl"]))
                 peer = [str(wikiextractor), "-m", "wikiextractor.WikiExtractor", "--no-templates", "--processes", "1"]

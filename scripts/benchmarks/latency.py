@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.common import RESULTS, processor, save_result, sha256
+from odqa.runtime import progress
 
 
 def latency(
@@ -58,10 +59,11 @@ def latency(
 def _wall(command: list[str], repeats: int) -> dict[str, float]:
     """Wall seconds of a command after one warm-up: median, minimum and maximum."""
     seconds = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
-        seconds.append(time.perf_counter() - started)
+    with progress("bench", repeats + 1, "runs") as bar:
+        for _ in bar.over(range(repeats + 1)):
+            started = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            seconds.append(time.perf_counter() - started)
     counted = seconds[1:]
     return {
         "median": round(statistics.median(counted), 2),

@@ -1,12 +1,14 @@
 """How batches are cut and run."""
 
+import io
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from odqa.runtime import Recent, batches_by_length, run_batches
+from odqa.runtime import Recent, batches_by_length, progress, run_batches
 
 CPU = torch.device("cpu")
 
@@ -68,3 +70,17 @@ def test_a_memory_keeps_what_was_stored_last() -> None:
     memory.store({"a": 1, "b": 2})
     memory.store({"c": 3, "d": 4})
     assert memory == {"b": 2, "c": 3, "d": 4}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_counts_on_a_terminal_and_is_silent_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream, counted in ((Terminal(), 3), (io.StringIO(), None)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress("work", 3, "things") as bar:
+            assert list(bar.over("abc")) == ["a", "b", "c"]
+            assert (None if bar._bar is None else bar._bar.n) == counted
+        assert counted or stream.getvalue() == ""
