@@ -1,7 +1,8 @@
 """The command line: parses options, calls `odqa.jobs`, prints.
 
-The result goes to stdout, progress and evidence to stderr. Exit codes: 0 ok, 1 an expected number was missed, 2 bad
-input (one line says what). Imports that take time happen inside the commands: `odqa --help` loads no model library.
+The result goes to stdout, progress and evidence to stderr. Exit codes: 0 ok, 1 an expected number was missed or
+`doctor` misses something, 2 bad input (one line says what). Imports that take time happen inside the commands:
+`odqa --help` loads no model library.
 """
 
 import json
@@ -368,6 +369,55 @@ def diff(
     from odqa import jobs
 
     _print(jobs.diff(first, second, as_json=as_json))
+
+
+@app.command()
+def report(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN|EVAL...", help="Scored run folders, or the folder of an evaluation (runs/RECIPE)."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The file, .html or .md [report.html in the folder; of several: here].")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=0, help="Questions of each set to show with their passages.")] = 60,
+    seed: Annotated[int, typer.Option(help="Of the choice of those questions.")] = 0,
+    data: Data = None,
+    artifacts: Artifacts = None,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML or markdown file about a run or a comparison.
+
+    Funnel, recall and budget curves, exact match by question word and answer type, the slowest stages, and a sample of
+    questions with their passages. The file needs no network.
+    """
+    from odqa import jobs
+
+    written = jobs.report(sources, out, places=_places(data, artifacts), sample=sample, seed=seed)
+    if as_json:
+        _print_json(written.to_json())
+    else:
+        _print(str(written.path))
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe: what it will need is compared, too.")] = None,
+    data: Data = None,
+    artifacts: Artifacts = None,
+    as_json: Json = False,
+) -> None:
+    """Look at the machine, and at what a recipe will need; exit 1 if something that is needed is missing.
+
+    Versions, devices, processor features, extras, Java, free disk and memory; for what is missing the line that brings
+    it. Nothing is installed, built or downloaded.
+    """
+    from odqa.doctor import examine
+
+    diagnosis = examine(recipe, places=_places(data, artifacts))
+    _print_json(diagnosis.to_json()) if as_json else _print(diagnosis.render())
+    if not diagnosis.ok:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -7,6 +7,7 @@ command line's business.
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import odqa
 from odqa import config
-from odqa.artifacts import MANIFEST, Artifact, load_artifact, sha256_file, sha256_json
+from odqa.artifacts import MANIFEST, Artifact, load_artifact, save_file, sha256_file, sha256_json
 from odqa.errors import ArtifactError, ArtifactMismatch, DataError, MissingExtra, RecipeError
 from odqa.evaluate import (
     GAIN_METRICS,
+    AnswerSearch,
     Check,
     Evaluation,
     Expectation,
@@ -45,15 +47,16 @@ from odqa.recipes import (
     with_defaults,
 )
 from odqa.replay import Replay, find_ranking, without_times
-from odqa.report import Published, Style, changed_table, comparison_table, explain_question, join, render, stage_table
+from odqa.report import Published, Style, changed_tables, comparison_table, explain_question, join, render, stage_table
 from odqa.runs import SCORES, Run, find_run, load_run, recording, trace_to_json
 from odqa.runtime import progress
 from odqa.stages import ChecksQueries, ProvesFrozen
-from odqa.text import Matcher
+from odqa.text import Matcher, token_string
 from odqa.types import Gold, Hit, Query, Trace
 
 if TYPE_CHECKING:
     from odqa.pipeline import Pipeline
+    from odqa.report.content import LookUp, Section, Source
     from odqa.retrieve.dense import EncoderSettings
     from odqa.retrieve.given import GivenVectors
     from odqa.retrieve.index import Index
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
 
 Log = Callable[[str], None]
 RUNS = Path("runs")  # where runs go if nothing else is said
+SAMPLE = 60  # our choice: questions of a set that a report shows; about half a megabyte of page
 _REMEMBERED = 250_000  # our choice: pairs and rows that the systems of one evaluation share; about 1 GB when full
 
 DEMO_QUESTIONS = (
@@ -430,8 +434,7 @@ def ranking_identity(loaded: Loaded, source: Mapping[str, str]) -> str | None:
         return None
     first = {key: loaded.recipe.resolved[key] for key in ("retriever", "k", "reranker", "batch")}
     parts = [odqa.__version__, loaded.index.artifact.hash, first, loaded.reranker_identity, source["sha256"]]
-    if "first" in source:  # not all questions of the file
-        parts.append(source["first"])
+    parts += [source[part] for part in ("first", "without") if part in source]  # not all questions of the file
     return sha256_json(parts)
 
 
@@ -581,13 +584,15 @@ def run_evaluation(
     if settings.figure is not None:
         for variant in variants:
             number_at(variant, settings.figure.x)  # an error now, not after hours
-    sets = [(question_set, *_load_questions(question_set, places)) for question_set in settings.questions]
+    sets = [(question_set, *load_questions(question_set, places)) for question_set in settings.questions]
     result = EvaluationResult(recipe)
     index_of: dict[str, Index] = {}
+    asked = [(gold, question_set.matcher) for question_set, _, _, gold in sets]
     kept = Kept(remember=_REMEMBERED)
     for variant in variants:
         loaded = load_pipeline(variant, places=places, build=True, indexes=index_of, kept=kept, log=log)
-        for question_set, source, queries, gold in sets:
+        held = questions_in_collection(loaded.index if settings.ceiling else None, asked, places=places)
+        for (question_set, source, queries, gold), ids in zip(sets, held, strict=True):
             version = f"{loaded.recipe.name}-{_version(loaded)}"
             folder = out / recipe.name / version / question_set.name
             log(f"{loaded.recipe.name} on {question_set.name}: {len(queries)} questions, into {folder}")
@@ -595,6 +600,7 @@ def run_evaluation(
             evaluation = score_run(
                 finished, gold, loaded.index, question_set=question_set.name, split=question_set.split,
                 matcher=question_set.matcher, depths=settings.recall_at, seed=settings.seed,
+                in_collection=ids,
             )  # fmt: skip
             expected = question_set.expected.get(loaded.recipe.name, {})
             checks = check_expectations(evaluation, _expectations(expected))
@@ -603,6 +609,48 @@ def run_evaluation(
         del loaded  # before the next one is loaded: two readers need not fit into memory
     _compare_systems(result, settings)
     return result
+
+
+def questions_in_collection(
+    index: "Index | None", asked: Sequence[tuple[Sequence[Gold], Matcher]], *, places: Places
+) -> list[frozenset[str] | None]:
+    """For each set the ids of its questions that any passage of the index answers; None without an index.
+
+    One pass over the collection for all sets that have not been looked for yet. What was found is kept below
+    artifacts/ceilings, under a hash of the passages, the answers and the matcher. See `odqa.evaluate.ceiling`.
+    """
+    if index is None:
+        return [None] * len(asked)
+    stored = index.artifact.manifest["files"].items()
+    texts = sorted((name, file["sha256"]) for name, file in stored if name.startswith("passages/"))
+    keys = [
+        sha256_json([odqa.__version__, texts, [[item.query_id, item.answers] for item in gold], matcher])
+        for gold, matcher in asked
+    ]
+    files = [places.artifacts / "ceilings" / f"{key[:32]}.json" for key in keys]
+    searches = {
+        file: AnswerSearch(gold, matcher)
+        for file, (gold, matcher) in zip(files, asked, strict=True)
+        if not file.is_file()
+    }
+    if searches:
+        with progress("look for answers", len(index.store), "passages") as bar:
+            for passage in index.store:
+                for search in searches.values():
+                    search.see(passage.text)
+                bar.advance()
+    for file, search in searches.items():
+        save_file(file, json.dumps({"found": sorted(search.found)}, ensure_ascii=False, indent=1) + "\n")
+    return [_load_found(file) for file in files]
+
+
+def _load_found(file: Path) -> frozenset[str]:
+    try:
+        return frozenset(json.loads(file.read_text(encoding="utf-8"))["found"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file}: not what a search for answers leaves ({error!r}). Delete it; it is made again."
+        ) from error
 
 
 def number_at(recipe: Recipe, path: str) -> float:
@@ -671,7 +719,9 @@ def score(
 
 def score_run(finished: Run, gold: Sequence[Gold], index: "Index | None", **options: Any) -> Evaluation:
     """Score a finished run and leave scores.json in its folder. `options` go to `odqa.evaluate.evaluate`."""
-    evaluation = evaluate(finished.traces(), gold, _text_of(index), measured=finished.manifest["measured"], **options)
+    measured = finished.manifest["measured"]
+    with progress("score", len(gold), "questions") as bar:
+        evaluation = evaluate(bar.over(finished.traces()), gold, _text_of(index), measured=measured, **options)
     finished.save_scores(evaluation.to_json())
     return evaluation
 
@@ -683,13 +733,30 @@ def _text_of(index: "Index | None") -> Callable[[str], str]:
     return lambda passage_id: store[store.row_of(passage_id)].text
 
 
-def _load_questions(question_set: config.QuestionSet, places: Places) -> tuple[dict[str, str], list[Query], list[Gold]]:
+def load_questions(question_set: config.QuestionSet, places: Places) -> tuple[dict[str, str], list[Query], list[Gold]]:
     """Source, queries and gold of a question set, from a file or through `datasets`."""
     source, queries, gold = _all_questions(question_set, places)
+    if question_set.without:
+        source, queries, gold = _leave_out(question_set, source, queries, gold, places)
     limit = question_set.limit
     if limit is not None and limit < len(queries):
         source = {**source, "first": str(limit)}
     return source, queries[:limit], gold[:limit]
+
+
+def _leave_out(
+    question_set: config.QuestionSet, source: dict[str, str], queries: list[Query], gold: list[Gold], places: Places
+) -> tuple[dict[str, str], list[Query], list[Gold]]:
+    """Without the questions that other files ask in the same words; case and punctuation's blanks do not count."""
+    from odqa.corpus.io import read_questions
+
+    files = [places.file(name) for name in question_set.without]
+    asked = {token_string(query.text) for file in files for query in read_questions(file)}
+    kept = [number for number, query in enumerate(queries) if token_string(query.text) not in asked]
+    if not kept:
+        raise DataError(f"{source['name']}: every question is in {', '.join(question_set.without)}; none is left.")
+    source = {**source, "without": sha256_json([sha256_file(file) for file in files])}
+    return source, [queries[number] for number in kept], [gold[number] for number in kept]
 
 
 def _all_questions(question_set: config.QuestionSet, places: Places) -> tuple[dict[str, str], list[Query], list[Gold]]:
@@ -762,13 +829,111 @@ def explain(path: Path, question_id: str | None = None, *, as_json: bool = False
 
 
 def diff(first: Path, second: Path, *, as_json: bool = False) -> str:
-    """Paired differences of two scored runs, and the questions whose answer became right or wrong."""
+    """Paired differences of two scored runs, and the questions that changed, both ways."""
     evaluations = [Evaluation.from_json(load_run(path).scores()) for path in (first, second)]
     comparison = compare(*evaluations)
     if as_json:
-        return json.dumps(dataclasses.asdict(comparison), ensure_ascii=False)
+        ways = {"won": comparison.won, "lost": comparison.lost, "moved": comparison.moved}
+        ids = {way: [question.id for question, _ in pairs] for way, pairs in ways.items()}
+        return json.dumps({**dataclasses.asdict(comparison), **ids}, ensure_ascii=False)
     names = (str(first), str(second))
-    return join([comparison_table(*names, comparison), changed_table(*names, comparison)])
+    texts = {trace.query.id: trace.query.text for trace in load_run(first).traces()}
+    return join([comparison_table(*names, comparison), *changed_tables(*names, comparison, texts)])
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A report that was written: where, and what it says, a section a question set."""
+
+    path: Path
+    sections: "Sequence[Section]"
+
+    def to_json(self) -> dict[str, Any]:
+        systems = [system.to_json() for section in self.sections for system in section.systems]
+        return {"path": str(self.path), "systems": systems}
+
+
+def report(
+    paths: Sequence[Path], out: Path | None = None, *, places: Places | None = None, sample: int = SAMPLE, seed: int = 0
+) -> Report:
+    """Write one file about scored runs: HTML, or markdown if `out` ends in .md.
+
+    `paths` are run folders, or folders of `odqa eval` with runs two levels below. Runs of the same question set are
+    compared, each with the first. Without `out` it is report.html in the folder, if it is one, else in the current one.
+    Passages that were found and not packed are shown where the index of the run is there. Raises DataError for a folder
+    without scored runs and for runs of different questions under one name, ArtifactMismatch for an unfinished one.
+    """
+    from odqa.report.content import gather
+    from odqa.report.page import render_page
+    from odqa.report.paper import render_paper
+
+    places = places or Places.from_environment()
+    out = out or (paths[0] if len(paths) == 1 else Path()) / "report.html"
+    if out.suffix not in (".html", ".md"):
+        raise DataError(f"{out}: a report is written as .html or .md. Name the file so.")
+    runs = [run for path in paths for run in _runs_in(path)]
+    with progress("report", len(runs), "runs") as bar:
+        sources = [_source(name, run, places) for name, run in zip(_run_names(runs), runs, strict=True)]
+        sections = gather(sources, sample=sample, seed=seed, advance=bar.advance)
+    render_file = render_page if out.suffix == ".html" else render_paper
+    save_file(out, render_file(sections, title=" and ".join(path.resolve().name for path in paths)))
+    return Report(out, sections)
+
+
+def _runs_in(path: Path) -> list[Run]:
+    """The run at `path`, or the scored runs of an evaluation, PIPELINE-VERSION/SET below it, the oldest first."""
+    if (path / MANIFEST).is_file():
+        return [load_run(path)]
+    found = [file.parent for file in path.glob(f"*/*/{MANIFEST}") if not file.parent.parent.name.startswith(".")]
+    found = [folder for folder in found if (folder / SCORES).is_file() and not folder.name.startswith(".")]
+    if not found:
+        raise DataError(
+            f"{path}: neither a run nor a folder of odqa eval with scored runs. Score one: odqa eval RECIPE"
+        )
+    return [
+        load_run(folder) for folder in sorted(found, key=lambda folder: ((folder / MANIFEST).stat().st_mtime, folder))
+    ]
+
+
+def _run_names(runs: Sequence[Run]) -> list[str]:
+    """A name for each run: its pipeline's folder, or as much of the path as tells them apart."""
+    paths = [run.path.resolve() for run in runs]
+    sets = [run.scores().get("question_set") for run in runs]
+    short = [path.parent.name if path.name == name else path.name for path, name in zip(paths, sets, strict=True)]
+    plain = [re.sub(r"-[0-9a-f]{8}$", "", name) for name in short]  # less the version that odqa eval puts behind it
+    for names in (plain, short):
+        if len(set(zip(names, sets, strict=True))) == len(runs):
+            return names
+    return [str(run.path) for run in runs]
+
+
+def _source(name: str, run: Run, places: Places) -> "Source":
+    from odqa.report.content import Source
+
+    inputs = run.manifest["inputs"]
+    facts = {
+        "run": str(run.path),
+        "pipeline recipe": run.manifest["recipe_hash"],
+        "questions": f"{inputs['questions']['name']}, sha256 {inputs['questions']['sha256']}",
+        "index": str(inputs["index"]),
+        "peak memory": f"{run.manifest['measured'].get('peak_memory_bytes', 0) / 2**20:,.0f} MiB",
+        "odqa": str(run.manifest["odqa"]),
+    }
+    return Source(name, Evaluation.from_json(run.scores()), run.traces(), facts, _look_up(run, places))
+
+
+def _look_up(run: Run, places: Places) -> "LookUp":
+    """Passages of the index that a run was answered from; none if that index is not here any more."""
+    from odqa.retrieve.index import load_index
+
+    name = run.manifest["recipe"]["index"]
+    folder = None if name is None else index_folder(name, places)[0]
+    if folder is None or not (folder / MANIFEST).is_file():
+        return lambda passage_id: None
+    index = load_index(folder)
+    if index.artifact.hash != run.manifest["inputs"]["index"]:
+        return lambda passage_id: None
+    return lambda passage_id: index.store[index.store.row_of(passage_id)]
 
 
 def _recipe(recipe: str | Path | Recipe, kind: str, changes: Sequence[str] = ()) -> Recipe:

@@ -64,7 +64,8 @@ def cli_reference() -> str:
     parts += [_table(("command", "what it does"), rows)]
     parts += [
         "The result goes to stdout; progress and evidence go to stderr. Exit codes: 0 ok, 1 an expected number was"
-        " missed, 2 bad input (one line says what was found, what is expected and what to do), 130 interrupted.\n"
+        " missed or `odqa doctor` misses something, 2 bad input (one line says what was found, what is expected and"
+        " what to do), 130 interrupted.\n"
     ]
     return "\n".join(parts + [_command(command) for command in _commands()])
 

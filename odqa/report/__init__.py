@@ -1,7 +1,8 @@
-"""Evaluations, traces and evidence for people to look at: tables and evidence as text (`odqa.report.text`).
+"""Evaluations, traces and evidence for people to look at.
 
-It measures nothing itself. Whatever came from a collection or a model is data: it can drive neither a terminal nor a
-browser.
+`text` has tables and evidence for a terminal; `content` gathers what a report says, `page` shows it as HTML (`markup`,
+`charts`), `paper` as markdown. Nothing here retrieves or reads. Whatever came from a collection or a model is data: it
+can drive neither a terminal nor a browser.
 """
 
 from odqa.report.text import (
@@ -9,7 +10,7 @@ from odqa.report.text import (
     Published,
     Style,
     Table,
-    changed_table,
+    changed_tables,
     check_table,
     comparison_table,
     confidence,
@@ -31,7 +32,7 @@ __all__ = [
     "Published",
     "Style",
     "Table",
-    "changed_table",
+    "changed_tables",
     "check_table",
     "comparison_table",
     "confidence",

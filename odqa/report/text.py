@@ -256,11 +256,34 @@ def comparison_table(first: str, second: str, comparison: Comparison) -> Table:
     return Table(f"{second} against {first}", columns, tuple(rows), frozenset({"leaves 0 out"}), notes)
 
 
-def changed_table(first: str, second: str, comparison: Comparison) -> Table:
-    """The questions whose exact match or outcome is not the same in two runs."""
-    rows = tuple((a.id, _clean(", ".join(a.answers)), _verdict(a), _verdict(b)) for a, b in comparison.changed)
-    columns = ("question", "gold", first, second)
-    return Table(f"{len(rows)} questions changed", columns, rows, frozenset(columns))
+def changed_tables(
+    first: str, second: str, comparison: Comparison, texts: Mapping[str, str] | None = None
+) -> list[Table]:
+    """The questions that are not the same in two runs, both ways: became right, became wrong, ended elsewhere.
+
+    `texts` are the questions by id; a kind of change without questions has no table.
+    """
+    kinds = (
+        ("became right", comparison.won),
+        ("became wrong", comparison.lost),
+        ("are as right or wrong as before, for another reason", comparison.moved),
+    )
+    columns = ("id", *(("question",) if texts is not None else ()), "gold", first, second)
+    tables = []
+    for what, pairs in kinds:
+        rows = tuple(
+            (
+                a.id,
+                *((_shortened(texts.get(a.id, "")),) if texts is not None else ()),
+                _shortened(", ".join(a.answers)),
+                _verdict(a),
+                _verdict(b),
+            )
+            for a, b in pairs
+        )
+        if rows:
+            tables.append(Table(f"{len(rows)} questions {what}", columns, rows, frozenset(columns)))
+    return tables
 
 
 def _by_question_set(evaluations: Named) -> dict[tuple[str, str], list[tuple[str, Evaluation]]]:
@@ -456,6 +479,11 @@ def _answer(answer: Answer) -> list[str]:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:.4f}" if math.isfinite(seconds) else "-"
+
+
+def _shortened(text: str) -> str:
+    """At most 60 characters, for a cell of a table."""
+    return textwrap.shorten(_clean(text), 60, placeholder=" ...")
 
 
 def _clean(text: str) -> str:

@@ -39,7 +39,7 @@ ALLOWED = {
 }
 HEAVY = {"torch", "transformers", "faiss", "sentence_transformers", "datasets", "numba", "bm25s", "peft", "safetensors"}
 HEAVY |= {"matplotlib"}
-FREE = {"recipes", "jobs", "training", "foreign", "cli", "serve", "__init__"}  # they put the parts together
+FREE = {"recipes", "jobs", "doctor", "training", "foreign", "cli", "serve", "__init__"}  # they put the parts together
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -127,7 +127,7 @@ def test_evaluation_and_report_import_no_model_library() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["recipes", "jobs", "foreign", "cli", "runtime", "artifacts", "figures", "pack/greedy"]
+    "name", ["recipes", "jobs", "doctor", "foreign", "cli", "runtime", "artifacts", "figures", "pack/greedy"]
 )
 def test_what_every_command_loads_imports_model_libraries_late(name: str) -> None:
     module = PACKAGE / f"{name}.py"

@@ -9,7 +9,7 @@ from odqa.evaluate import Evaluation, Expectation, check_expectations, compare, 
 from odqa.report import (
     Published,
     Table,
-    changed_table,
+    changed_tables,
     check_table,
     comparison_table,
     confidence,
@@ -192,9 +192,18 @@ def test_a_comparison_shows_the_paired_difference_and_what_changed() -> None:
     comparison = compare(an_evaluation("Bern", "Rome"), an_evaluation("Rome", "Rome"))
     em = comparison_table("a", "b", comparison).rows[0]
     assert em[:3] == ("em", "50.0", "100.0") and em[3].startswith("+50.0 [") and em[5] == "no"
-    changed = changed_table("a", "b", comparison)
-    assert changed.title == "1 questions changed"
+    (changed,) = changed_tables("a", "b", comparison)
+    assert changed.title == "1 questions became right"
     assert changed.rows == (("q0", "Rome", "Bern: misread", "Rome: correct"),)
+
+
+def test_changed_questions_are_told_both_ways_with_their_words() -> None:
+    comparison = compare(an_evaluation("Bern", "Rome", "Bern"), an_evaluation("Rome", "Bern", "Zug"))
+    tables = changed_tables("a", "b", comparison, {"q0": "capital?", "q1": "city?"})
+    assert [table.title for table in tables] == ["1 questions became right", "1 questions became wrong"]
+    assert tables[0].rows == (("q0", "capital?", "Rome", "Bern: misread", "Rome: correct"),)
+    assert tables[1].rows == (("q1", "city?", "Rome", "Rome: correct", "Bern: misread"),)
+    assert comparison.moved == []  # q2 is misread in both, though another word was said
 
 
 # --- one question -----------------------------------------------------------------------------------------------------
