@@ -152,10 +152,7 @@ def _budget_lines(section: Section) -> list[charts.Line]:
     lines = []
     for family, found in families.items():
         for metric in ("recall_in_context", "em") if len(found) > 1 else ():
-            scores = {
-                budget: {score.name: score for score in item.scores}.get(metric) for budget, item in found.items()
-            }
-            known = sorted((budget, score) for budget, score in scores.items() if score is not None)
+            known = [(budget, s) for budget, item in sorted(found.items()) for s in item.scores if s.name == metric]
             points = tuple((budget, score.value) for budget, score in known)
             band = tuple((score.low, score.high) for _, score in known)
             name = f"{family}: {metric.replace('_', ' ')}"
