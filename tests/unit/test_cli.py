@@ -20,7 +20,7 @@ from odqa.types import Answer, Query, Step, Trace
 from tests.command_line import Outcome, odqa, ok, refused
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["check", "index", "ask", "run", "eval", "train", "explain", "diff", "demo"]
+COMMANDS = ["check", "index", "ask", "run", "eval", "train", "explain", "diff", "report", "doctor", "demo"]
 
 
 @pytest.fixture(autouse=True)
