@@ -22,7 +22,7 @@ from odqa.report.text import (
 from odqa.text import Matcher
 from odqa.types import Passage
 
-_SPECIAL = re.compile(r"([\\`*_\[\]#~|])")
+_SPECIAL = re.compile(r"([\\`*_\[\]#~])")  # a table escapes its | itself
 _PASSAGES = 4  # our choice: packed passages that are shown of one question
 
 

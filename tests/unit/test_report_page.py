@@ -122,10 +122,15 @@ def test_only_el_makes_markup() -> None:
     assert el("line", x1=0, stroke_width=2) == '<line x1="0" stroke-width="2"/>'
 
 
+def test_a_name_with_a_bar_does_not_split_a_cell_of_markdown() -> None:
+    paper = render_paper(gather([a_source("a|b", "Rome")], sample=1), title="t")
+    assert "| outcome | a\\|b |" in paper and "a\\\\|b" not in paper
+
+
 def test_markdown_shows_a_hostile_passage_as_text() -> None:
     paper = render_paper(gather([a_source("sys", "Rome" + ATTACK, "Bern", hostile=ATTACK)], sample=5), title=ATTACK)
     assert "<" not in paper and "onerror" in paper
-    assert escaped("a|b *c* [d](e)\n# f `g`") == "a\\|b \\*c\\* \\[d\\](e) \\# f \\`g\\`"
+    assert escaped("a|b *c* [d](e)\n# f `g`") == "a|b \\*c\\* \\[d\\](e) \\# f \\`g\\`"
 
 
 # --- what it says -----------------------------------------------------------------------------------------------------
