@@ -283,7 +283,7 @@ def _questions(section: Section, number: int) -> Html:
     controls.append(el("label", "Words ", el("input", type="search", class_="find")))
     controls.append(el("output", f"{len(cards)} shown", class_="count", aria_live="polite"))
     told = f"{len(cards)} of {section.n:,}, some of every outcome"
-    told += ", those that changed first." if several else "."
+    told += "; up to half of them where systems differ." if several else "."
     key = el(
         "p",
         el("mark", "gold answer", class_="gold"),
