@@ -62,9 +62,7 @@ def _section(section: Section, number: int) -> Html:
         _block("Scores", _table(score_table("", named))),
     ]
     for first, second, comparison in section.comparisons:
-        counts = [len(pairs) for pairs in (comparison.won, comparison.lost, comparison.moved)]
-        told = "{} questions became right, {} became wrong, {} ended elsewhere.".format(*counts)
-        parts.append(_block(f"{second} against {first}", _table(comparison_table(first, second, comparison)), told))
+        parts.append(_block(f"{second} against {first}", _table(comparison_table(first, second, comparison))))
     parts += [_curves(section), _kinds(section), _confidence(named), _stages(section)]
     parts += [_questions(section, number), _made_of(section)]
     return el("section", parts, id=f"s{number}", class_="set")

@@ -252,7 +252,11 @@ def comparison_table(first: str, second: str, comparison: Comparison) -> Table:
         for item in comparison.differences
     ]
     columns = ("metric", first, second, "difference", "n", "leaves 0 out")
-    notes = ("[95% interval: paired bootstrap over questions]",)
+    won, lost, moved = (len(pairs) for pairs in (comparison.won, comparison.lost, comparison.moved))
+    changed = (
+        f"{won + lost + moved} questions changed: {won} became right, {lost} became wrong, {moved} ended elsewhere"
+    )
+    notes = ("[95% interval: paired bootstrap over questions]", changed)
     return Table(f"{second} against {first}", columns, tuple(rows), frozenset({"leaves 0 out"}), notes)
 
 

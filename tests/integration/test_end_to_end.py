@@ -174,7 +174,7 @@ def test_explain_shows_the_scores_or_one_question_with_its_outcome(scored: dict[
 
 def test_diff_pairs_two_runs(scored: dict[str, Path]) -> None:
     out = ok("diff", scored["span"], scored["dense"]).out
-    assert "difference" in out and "questions became " in out
+    assert "difference" in out and " questions changed: " in out
     found = ok("diff", scored["span"], scored["dense"], "--json").json
     recall = next(item for item in found["differences"] if item["name"] == "recall@1")
     assert (recall["n"], recall["first"]) == (12, 100.0)

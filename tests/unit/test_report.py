@@ -192,6 +192,9 @@ def test_a_comparison_shows_the_paired_difference_and_what_changed() -> None:
     comparison = compare(an_evaluation("Bern", "Rome"), an_evaluation("Rome", "Rome"))
     em = comparison_table("a", "b", comparison).rows[0]
     assert em[:3] == ("em", "50.0", "100.0") and em[3].startswith("+50.0 [") and em[5] == "no"
+    assert comparison_table("a", "b", comparison).notes[1] == (
+        "1 questions changed: 1 became right, 0 became wrong, 0 ended elsewhere"
+    )
     (changed,) = changed_tables("a", "b", comparison)
     assert changed.title == "1 questions became right"
     assert changed.rows == (("q0", "Rome", "Bern: misread", "Rome: correct"),)

@@ -160,7 +160,10 @@ def test_a_comparison_pairs_each_system_with_the_first_and_marks_what_differs() 
     ((first, second, comparison),) = section.comparisons
     assert (first, second, len(comparison.won), len(comparison.lost)) == ("a", "b", 1, 1)
     page = Reader(render_page([section], title="a and b"))
-    assert "b against a" in page.text and "1 questions became right, 1 became wrong" in page.text
+    assert (
+        "b against a" in page.text
+        and "2 questions changed: 1 became right, 1 became wrong, 0 ended elsewhere" in page.text
+    )
     cards = {a["data-differs"] for _, a in page.elements if a.get("class") == "card"}
     assert cards == {"true", "false"}
 
