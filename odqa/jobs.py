@@ -48,7 +48,7 @@ from odqa.replay import Replay, find_ranking, without_times
 from odqa.report import Published, Style, changed_table, comparison_table, explain_question, join, render, stage_table
 from odqa.runs import SCORES, Run, find_run, load_run, recording, trace_to_json
 from odqa.runtime import progress
-from odqa.stages import ChecksQueries, ProvesFrozen
+from odqa.stages import ChecksQueries, CountsSpending, ProvesFrozen
 from odqa.text import Matcher
 from odqa.types import Gold, Hit, Query, Trace
 
@@ -392,6 +392,8 @@ def run_queries(
     reranker: object = pipeline.reranker
     if isinstance(reranker, ChecksQueries):
         reranker.check_queries(queries)
+    reader: object = pipeline.reader
+    spent = reader.spent() if isinstance(reader, CountsSpending) else {}
     ranked = None
     if share is not None and loaded.index is not None and inputs["ranking"] is not None:
         ranked = find_ranking(share, inputs["ranking"], log=log)
@@ -416,6 +418,8 @@ def run_queries(
         if isinstance(loaded.pipeline.reader, ProvesFrozen):
             loaded.pipeline.reader.check_frozen()
             writer.measured["backbone_unchanged"] = True
+        if isinstance(reader, CountsSpending):
+            writer.measured["reader"] = {name: count - spent[name] for name, count in reader.spent().items()}
     return load_run(out)
 
 
@@ -455,6 +459,8 @@ def _reranker_identity(settings: config.RerankerSettings | None, places: Places)
 def _reader_identity(loaded: Loaded) -> str:
     """What the reader is, by content: the hash of its trained part, or of the frozen model that reads alone.
 
+    Of a model behind a server that is its address, its name and the rule of its prices: nobody can see more from here.
+
     A calibration belongs to it: it decides on confidence and abstention.
     """
     settings = loaded.settings
@@ -462,11 +468,17 @@ def _reader_identity(loaded: Loaded) -> str:
         folder = loaded.places.file(settings.reader.model)
         files = (folder / name for name in ("method.safetensors", "head.safetensors", "calibration.json"))
         return sha256_json([sha256_file(file) for file in files if file.is_file()])
-    from odqa.read.lm import LmReader
+    if isinstance(settings.reader, config.ApiReaderSettings):
+        from odqa.read.api import ApiReader
 
-    assert isinstance(loaded.pipeline.reader, LmReader)
-    parts = [loaded.pipeline.reader.backbone.fingerprint]
-    if settings.reader.method is not None:
+        assert isinstance(loaded.pipeline.reader, ApiReader)
+        parts = [loaded.pipeline.reader.identity]
+    else:
+        from odqa.read.lm import LmReader
+
+        assert isinstance(loaded.pipeline.reader, LmReader)
+        parts = [loaded.pipeline.reader.backbone.fingerprint]
+    if isinstance(settings.reader, config.LmReaderSettings) and settings.reader.method is not None:
         folder = loaded.places.file(settings.reader.method)
         parts += [sha256_file(folder / name) for name in ("method.safetensors", "method.json")]
     if isinstance(settings.reader.demonstrations, config.DemonstrationPool):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from odqa.stages import Packer, Reader, Recursion, Reranker, Retriever
+from odqa.stages import NotesReading, Packer, Reader, Recursion, Reranker, Retriever
 from odqa.types import Answer, Hit, LatentContext, PackedContext, Query, Step, Trace
 
 
@@ -86,12 +86,16 @@ class Pipeline:
         self._read(records, contexts, pass_no)
 
     def _read(self, records: list["_Record"], contexts: list[PackedContext], pass_no: int) -> None:
+        reader: object = self.reader
         with _Clock() as clock:
-            answers = self.reader.read(contexts)
-        for record, context, answer in zip(records, contexts, answers, strict=True):
+            if isinstance(reader, NotesReading):
+                read = reader.read_with_notes(contexts)
+            else:
+                read = [(answer, {}) for answer in self.reader.read(contexts)]
+        for record, context, (answer, notes) in zip(records, contexts, read, strict=True):
             record.contexts.append(context)
             record.answers.append(replace(answer, passes=pass_no))
-            record.steps.append(Step("read", pass_no, clock.seconds / len(records), len(records)))
+            record.steps.append(Step("read", pass_no, clock.seconds / len(records), len(records), notes=notes))
 
 
 class _Record:

@@ -355,6 +355,8 @@ def confidence(answer: Answer) -> str:
     """The calibrated confidence; else the score, as a probability where it is one (a log-probability in nats)."""
     if answer.confidence is not None:
         return f"confidence {answer.confidence:.2f}"
+    if math.isnan(answer.score):
+        return "confidence unknown"
     if math.isfinite(answer.score) and answer.score <= 0:
         return f"confidence {math.exp(answer.score):.2f}, uncalibrated"
     return f"score {answer.score:.4g}"
