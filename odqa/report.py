@@ -189,8 +189,9 @@ def stage_table(title: str, evaluations: Named) -> Table:
                 rows.append((name, stage, f"{seconds:,.2f}", str(questions), rate))
             if shared > 0:
                 rows.append((name, stage, "shared", str(shared), "-"))
-        source = item.measured.get("ranking_from")
-        notes += [f"{name}: ranking taken from the run {source}"] if source else []
+        for what in ("retrieval", "ranking"):
+            source = item.measured.get(f"{what}_from")
+            notes += [f"{name}: {what} taken from the run {source}"] if source else []
         peak = item.measured.get("peak_memory_bytes")
         device = f", device {item.measured['device']}" if "device" in item.measured else ""
         notes += [f"{name}: peak memory {peak / 2**20:,.0f} MiB{device}"] if peak else []
