@@ -192,6 +192,8 @@ def stage_table(title: str, evaluations: Named) -> Table:
         for what in ("retrieval", "ranking"):
             source = item.measured.get(f"{what}_from")
             notes += [f"{name}: {what} taken from the run {source}"] if source else []
+        spent = item.measured.get("reader")
+        notes += [f"{name}: the reader's server: {_counted(spent)}"] if spent else []
         peak = item.measured.get("peak_memory_bytes")
         device = f", device {item.measured['device']}" if "device" in item.measured else ""
         notes += [f"{name}: peak memory {peak / 2**20:,.0f} MiB{device}"] if peak else []
@@ -269,6 +271,11 @@ def _by_question_set(evaluations: Named) -> dict[tuple[str, str], list[tuple[str
     for name, item in evaluations:
         groups.setdefault((item.question_set, item.split), []).append((name, item))
     return groups
+
+
+def _counted(spent: Mapping[str, int]) -> str:
+    """What a reader behind a server cost: 120 requests, 4 from cache, 3 retries, ..."""
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in spent.items())
 
 
 def _interval(score: Score) -> str:
