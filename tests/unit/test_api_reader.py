@@ -19,6 +19,7 @@ from odqa.recipes import Places, load_recipe
 from odqa.report import confidence
 from odqa.types import Answer, PackedContext, Passage, Query
 from tests.api_server import Body, Says, Server, first_word, serving
+from tests.command_line import odqa, ok
 from tests.small_world import write_jsonl, write_yaml
 from tests.tiny_models import tiny_llama
 from tests.unit.conformance_read import HITS, QUERIES, ReaderConformance
@@ -600,6 +601,23 @@ def test_a_run_goes_on_after_a_failure_and_pays_for_nothing_twice(
     assert len(server.heard) == 4
     record = json.loads((tmp_path / "run/answers.jsonl").read_text().splitlines()[0])
     assert record["score"] == "nan"  # that reply had no log-probabilities
+
+
+def test_the_command_line_answers_and_says_a_failure_in_one_line(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    server.gives_logprobs = False
+    recipe, common = world(tmp_path, server), ("--artifacts", tmp_path)
+    answered = ok("ask", recipe, "5 who was king", *common)
+    assert answered.out == "5\n" and "confidence unknown" in answered.err
+    assert ok("ask", recipe, "5 who was king", "--json", *common).json["score"] == "nan"
+    failed = odqa("ask", recipe, "5 who was king", *common, "--set", "reader.model=larg")
+    assert failed.code == 2 and failed.out == ""
+    assert failed.err == (
+        f"ServerError: {server.url}/chat/completions: HTTP 404: model 'larg' is not served here (small, large). "
+        "Did you mean large?\n"
+    )
 
 
 def test_the_servers_default_answer_is_the_first_word() -> None:
