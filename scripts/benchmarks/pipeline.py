@@ -1,5 +1,6 @@
 """Asks the same questions of odqa and of its peers, end to end up to the reader's prompt: the same passages, question
-encoder, vectors, re-ranker weights and prompt, a process each, in turn at each question, one thread each. Then profiles
+encoder, vectors, re-ranker weights and prompt, a process each, in turn at each question, one thread each (or --threads,
+for wall seconds on an idle machine). Then profiles
 all stages of our pipeline, the reader too, with a floor beside each. No text is generated: a peer cannot load our
 readers, and one that all could load would be run by the same `transformers` in each.
 
@@ -36,7 +37,6 @@ _OURS = ("odqa", "odqa, float32", "odqa, the recipe as it is")
 _PEERS = {"haystack-ai": "haystack", "txtai": "txtai", "flashrag-dev": "flashrag"}  # what they are imported as
 _SETS = ("nq_dev", "squad_dev")
 _ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "CUDA_VISIBLE_DEVICES": "",
@@ -51,7 +51,11 @@ def pipeline(
     index: Annotated[Path, typer.Option(help="The built index of nq-mini.")] = Path("artifacts/nq-mini"),
     questions: Annotated[int, typer.Option(min=1, help="Questions of each of the two sets.")] = 30,
     profiled: Annotated[int, typer.Option(min=1, help="Questions of each set that the profile is over.")] = 15,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each system.")] = 1,
     work: Annotated[Path | None, typer.Option(help="Folder to go on in; by default one that is deleted.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Ask these systems alone, keep it in --work, and report nothing yet.")
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop asking then, and report what there is.")] = None,
     out: Annotated[Path, typer.Option(help="Where the result goes; tables beside it.")] = RESULTS
     / "bench-pipeline.json",
@@ -62,11 +66,16 @@ def pipeline(
         folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         asked, gold = prepare(folder, data, recipe, index, questions)
         systems = {name: Path(sys.executable) for name in _OURS} | _find_peers(peers or [])
-        ask_in_turn(folder, systems, asked, end)
+        if only and work is None:
+            raise typer.BadParameter("--only keeps what it measures in --work; give one.")
+        ask_in_turn(folder, {name: systems[name] for name in only or systems}, asked, end, threads)
+        if only:
+            return
         measured = compare(folder, list(systems), gold)
     profile = profile_stages(recipe, index, data, asked, profiled)
     result = {
-        "what": f"one question after the other, the first {CANDIDATES} re-ranked, {KEPT} kept, one thread",
+        "what": f"one question after the other, the first {CANDIDATES} re-ranked, {KEPT} kept",
+        "threads": threads,
         "versions": _versions(list(dict.fromkeys([Path(sys.executable), *(peers or [])]))),
         **measured,
         "profile": profile,
@@ -136,8 +145,8 @@ with (folder / "partial.jsonl").open("w", encoding="utf-8") as out:
 class Worker:
     """One system in a process of its own; see `pipeline_worker`."""
 
-    def __init__(self, name: str, python: Path, folder: Path) -> None:
-        environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    def __init__(self, name: str, python: Path, folder: Path, threads: int) -> None:
+        environment = {**os.environ, **_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
         self.name, self._log = name, folder / f"{name.replace(' ', '-')}.log"
         self._process = subprocess.Popen(
             [str(python), str(_WORKER), name, str(folder)],
@@ -169,12 +178,12 @@ class Worker:
         self._process.wait()
 
 
-def ask_in_turn(folder: Path, systems: dict[str, Path], asked: "list[Query]", end: float | None) -> None:
+def ask_in_turn(folder: Path, systems: dict[str, Path], asked: "list[Query]", end: float | None, threads: int) -> None:
     """Append a row a system and question to rows.jsonl until all are there or the time is up."""
     rows = folder / "rows.jsonl"
     done = {(row["system"], row.get("question")) for row in _load(rows)}
     missing = [name for name in systems if any((name, query.id) not in done for query in asked)]
-    workers = [Worker(name, systems[name], folder) for name in missing]
+    workers = [Worker(name, systems[name], folder, threads) for name in missing]
     try:
         for worker in workers:
             _append(rows, {"system": worker.name, **worker.hear()})
@@ -219,6 +228,7 @@ def compare(folder: Path, systems: list[str], gold: "dict[str, Gold]") -> dict[s
             {
                 "system": name,
                 "questions_a_cpu_second": round(len(own) / sum(row["cpu"] for row in own), 2),
+                "questions_a_second": round(len(own) / sum(row["wall"] for row in own), 2),
                 "cpu_milliseconds": _spread([row["cpu"] for row in own]),
                 "wall_milliseconds": _spread([row["wall"] for row in own]),
                 "cpu_over_odqa": round(statistics.median(ratios), 2),  # paired, question by question
@@ -468,16 +478,17 @@ def tables(result: dict[str, Any]) -> str:
         "# End to end, one question after the other",
         "",
         f"{result['questions']} questions of nq-mini (NQ dev and SQuAD dev in turn), {CANDIDATES} passages re-ranked, "
-        f"{KEPT} kept; one thread, a process each, systems in turn at each question. CPU seconds are what an idle core "
-        "takes; the machine was not idle, so wall times are long.",
+        f"{KEPT} kept; {result['threads']} thread(s), a process each, systems in turn at each question. CPU seconds "
+        "are what an idle core takes; where the machine is not idle wall times are long.",
         "",
-        "| system | questions a CPU second | CPU ms, median | p95 | wall ms, p95 | CPU over odqa's | recall@5 | "
-        "same five as odqa | peak MiB | CPU s to load |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| system | questions a CPU second | a second | CPU ms, median | p95 | wall ms, p95 | CPU over odqa's | "
+        "recall@5 | same five as odqa | peak MiB | CPU s to load |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in result["systems"]:
         lines.append(
-            f"| {row['system']} | {row['questions_a_cpu_second']:.2f} | {row['cpu_milliseconds']['median']} | "
+            f"| {row['system']} | {row['questions_a_cpu_second']:.2f} | {row['questions_a_second']:.2f} | "
+            f"{row['cpu_milliseconds']['median']} | "
             f"{row['cpu_milliseconds']['p95']} | {row['wall_milliseconds']['p95']} | {row['cpu_over_odqa']:.2f} | "
             f"{row['recall@5']:.1f} | {row['same_five_as_odqa']:.0f} % | {row['peak_memory_mib'] or '-'} | "
             f"{row['load_cpu_seconds']:.1f} |"
