@@ -48,6 +48,10 @@ Set = Annotated[
         "--set", metavar="A.B=C", help="Change one setting for this call (packer.budget=512); may be repeated."
     ),
 ]
+Share = Annotated[
+    bool,
+    typer.Option("--share/--no-share", help="Take equal leading stages from finished runs, or compute all again."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")]
 
 
@@ -155,6 +159,7 @@ def run(
     questions: Annotated[str, typer.Argument(help='jsonl with {"id", "question"}, or DPR\'s question/answers csv.')],
     out: Annotated[Path | None, typer.Option(help="The run folder [runs/PIPELINE/QUESTIONS].")] = None,
     build: Annotated[bool, typer.Option("--build", help="Build the index first if it is missing.")] = False,
+    share: Share = True,
     data: Data = None,
     artifacts: Artifacts = None,
     changes: Set = None,
@@ -165,7 +170,7 @@ def run(
 
     places = _places(data, artifacts)
     out = out or Path("runs") / Path(pipeline).stem / Path(questions).name.split(".")[0]
-    made = jobs.run(pipeline, questions, out, places=places, build=build, changes=changes or (), log=_log)
+    made = jobs.run(pipeline, questions, out, places=places, build=build, changes=changes or (), share=share, log=_log)
     if as_json:
         _print_json({"path": str(made.path), "manifest": dict(made.manifest)})
     else:
@@ -197,6 +202,7 @@ def evaluate(
     save: Annotated[
         Path | None, typer.Option(help="Also write the report, FILE.md and FILE.json, and its figure if it has one.")
     ] = None,
+    share: Share = True,
     data: Data = None,
     artifacts: Artifacts = None,
     changes: Set = None,
@@ -214,8 +220,8 @@ def evaluate(
     if _is_run_file(recipe, places):
         from odqa import foreign
 
-        if save is not None or changes:
-            raise RecipeError("--save and --set go with an eval recipe, not with a run. Leave them out.")
+        if save is not None or changes or not share:
+            raise RecipeError("--save, --set and --no-share go with an eval recipe, not with a run. Leave them out.")
         found = foreign.score_rankings(recipe, questions, index=index, matcher=judged_by, tag=tag, places=places)
         name = Path(recipe).name
         if as_json:
@@ -232,7 +238,7 @@ def evaluate(
         return
     if judged_by != "string":
         raise RecipeError("--matcher goes with a run; an eval recipe names it beside its questions. Leave it out.")
-    result = jobs.run_evaluation(recipe, places=places, out=out, changes=changes or (), log=_log)
+    result = jobs.run_evaluation(recipe, places=places, out=out, changes=changes or (), share=share, log=_log)
     _report(result, save, as_json)
 
 

@@ -32,3 +32,7 @@ class MissingExtra(OdqaError):
         """`extra` is the extra of odqa that brings the package; None: the package belongs to the core."""
         install = f"'odqa[{extra}]'" if extra else package
         super().__init__(f"{what} needs {package}, which is not installed. Install it with: pip install {install}")
+
+
+class ServerError(OdqaError):
+    """A server that cannot be reached, refuses, fails again and again, or speaks another protocol."""

@@ -46,11 +46,11 @@ from odqa.recipes import (
     read_source,
     with_defaults,
 )
-from odqa.replay import Replay, find_ranking, without_times
+from odqa.replay import Leading, Replay, find_leading, without_times
 from odqa.report import Published, Style, changed_tables, comparison_table, explain_question, join, render, stage_table
 from odqa.runs import SCORES, Run, find_run, load_run, recording, trace_to_json
 from odqa.runtime import progress
-from odqa.stages import ChecksQueries, ProvesFrozen
+from odqa.stages import ChecksQueries, CountsSpending, ProvesFrozen
 from odqa.text import Matcher, token_string
 from odqa.types import Gold, Hit, Query, Trace
 
@@ -66,6 +66,8 @@ Log = Callable[[str], None]
 RUNS = Path("runs")  # where runs go if nothing else is said
 SAMPLE = 60  # our choice: questions of a set that a report shows; about half a megabyte of page
 _REMEMBERED = 250_000  # our choice: pairs and rows that the systems of one evaluation share; about 1 GB when full
+
+_MOST_FIRST: tuple[Leading, ...] = ("ranking", "retrieval")
 
 DEMO_QUESTIONS = (
     "who tutored elizabeth i in latin",
@@ -355,11 +357,13 @@ def run(
     places: Places | None = None,
     build: bool = False,
     changes: Sequence[str] = (),
+    share: bool = True,
     log: Log = _silent,
 ) -> Run:
     """Answer a question file into a run folder; questions answered by an earlier, killed try are not asked again.
 
-    A ranking that a finished run nearby used (below runs/, or else beside `out`) is taken from there: `odqa.replay`.
+    With `share`, leading stages that a finished run nearby had (below runs/, or else beside `out`) are taken from
+    there: `odqa.replay`.
     """
     from odqa.corpus.io import read_questions
 
@@ -369,7 +373,8 @@ def run(
     queries = read_questions(path)
     loaded = load_pipeline(recipe, places=places, build=build, log=log)
     root = next((folder for folder in out.parents if folder.name == RUNS.name), out.parent)
-    return run_queries(loaded, queries, out, source=describe_file(questions, path), share=root, log=log)
+    source = describe_file(questions, path)
+    return run_queries(loaded, queries, out, source=source, share=root if share else None, log=log)
 
 
 def run_queries(
@@ -383,12 +388,12 @@ def run_queries(
 ) -> Run:
     """`run` for a loaded pipeline and questions in memory; `source` identifies them in the manifest.
 
-    `share` is a folder of runs: if one there had the same ranking, it is replayed and not computed (None: never).
+    `share` is a folder of runs: leading stages that one there had are replayed and not computed (None: never).
     """
     settings, pipeline = loaded.settings, loaded.pipeline
     inputs: dict[str, Any] = {"questions": dict(source), "index": loaded.index.artifact.hash if loaded.index else None}
     inputs |= {"reranker": loaded.reranker_identity, "reader": _reader_identity(loaded)}
-    inputs |= {"ranking": ranking_identity(loaded, source)}
+    inputs |= stage_identities(loaded, source)
     resolved = loaded.recipe.resolved
     if find_run(out, recipe=resolved, inputs=inputs) is not None:
         log(f"{out}: answered already")
@@ -396,46 +401,71 @@ def run_queries(
     reranker: object = pipeline.reranker
     if isinstance(reranker, ChecksQueries):
         reranker.check_queries(queries)
-    ranked = None
-    if share is not None and loaded.index is not None and inputs["ranking"] is not None:
-        ranked = find_ranking(share, inputs["ranking"], log=log)
+    reader: object = pipeline.reader
+    spent = reader.spent() if isinstance(reader, CountsSpending) else {}
+    taken = _leading_stages(inputs, share, log)
     with recording(out, [query.id for query in queries], recipe=resolved, inputs=inputs) as writer:
         if writer.finished:
             log(f"{out}: {len(writer.finished)} of {len(queries)} questions were answered already")
-        if ranked is not None and loaded.index is not None:
-            log(f"{out}: the ranking is taken from {ranked.path}")
-            replay = Replay(ranked, loaded.index.store)
-            pipeline = dataclasses.replace(
-                pipeline, retriever=replay, reranker=replay if pipeline.reranker is not None else None
-            )
-            writer.measured["ranking_from"] = os.path.relpath(ranked.path, out)
+        if taken is not None and loaded.index is not None:
+            log(f"{out}: the {taken.what} is taken from {taken.run.path}")
+            replay = Replay(taken.run, loaded.index.store)
+            pipeline = dataclasses.replace(pipeline, retriever=replay)
+            if taken.what == "ranking" and pipeline.reranker is not None:
+                pipeline.reranker = replay
+            writer.measured[f"{taken.what}_from"] = os.path.relpath(taken.run.path, out)
         with progress("answer", len(queries), "questions") as bar:
             # Blocks are the same in every try: what a question is batched with may move the last digit of a score.
             for start in range(0, len(queries), settings.batch):
                 block = queries[start : start + settings.batch]
                 if any(query.id not in writer.finished for query in block):
                     traces = [trace for trace in pipeline.answer(block) if trace.query.id not in writer.finished]
-                    writer.add(traces if ranked is None else [without_times(trace) for trace in traces])
+                    writer.add(traces if taken is None else [without_times(trace, taken.what) for trace in traces])
                 bar.advance(len(block))
         if isinstance(loaded.pipeline.reader, ProvesFrozen):
             loaded.pipeline.reader.check_frozen()
             writer.measured["backbone_unchanged"] = True
+        if isinstance(reader, CountsSpending):
+            writer.measured["reader"] = {name: count - spent[name] for name, count in reader.spent().items()}
     return load_run(out)
 
 
-def ranking_identity(loaded: Loaded, source: Mapping[str, str]) -> str | None:
-    """A hash over what decides which passages come to the packer, and in which order; None without a retriever.
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """Leading stages of a finished run: its retrieval alone, or its whole ranking."""
 
-    That is the index, the retriever, k, the re-ranker and its weights, and the questions (`source`); the batch, too,
-    because what a question is batched with may move the last digit of a score. Not the machine: as in a run that is
-    resumed elsewhere, a ranking may come from another processor than the answers.
+    what: Leading
+    run: Run
+
+
+def _leading_stages(inputs: Mapping[str, Any], share: Path | None, log: Log) -> _Taken | None:
+    """The most that a run below `share` has in common with one of these inputs."""
+    for what in _MOST_FIRST:
+        if share is not None and inputs[what] is not None:
+            found = find_leading(share, what, inputs[what], log=log)
+            if found is not None:
+                return _Taken(what, found)
+    return None
+
+
+def stage_identities(loaded: Loaded, source: Mapping[str, str]) -> dict[str, str | None]:
+    """A hash for each leading stage over what decides what comes out of it; None without a retriever.
+
+    "retrieval": index, retriever, k, and the questions (`source`); the batch, too, because what a question is batched
+    with may move the last digit of a score. "ranking": that, and the re-ranker with its weights. Not the machine: as in
+    a run that is resumed elsewhere, a stage may come from another processor than the answers.
     """
     if loaded.settings.retriever is None or loaded.index is None:
-        return None
-    first = {key: loaded.recipe.resolved[key] for key in ("retriever", "k", "reranker", "batch")}
-    parts = [odqa.__version__, loaded.index.artifact.hash, first, loaded.reranker_identity, source["sha256"]]
+        return {"retrieval": None, "ranking": None}
+    recipe = loaded.recipe.resolved
+    first = {key: recipe[key] for key in ("retriever", "k", "batch")}
+    parts = [odqa.__version__, loaded.index.artifact.hash, first, source["sha256"]]
     parts += [source[part] for part in ("first", "without") if part in source]  # not all questions of the file
-    return sha256_json(parts)
+    retrieval = sha256_json(parts)
+    return {
+        "retrieval": retrieval,
+        "ranking": sha256_json([retrieval, recipe["reranker"], loaded.reranker_identity]),
+    }
 
 
 def _reranker_identity(settings: config.RerankerSettings | None, places: Places) -> Any:
@@ -458,6 +488,8 @@ def _reranker_identity(settings: config.RerankerSettings | None, places: Places)
 def _reader_identity(loaded: Loaded) -> str:
     """What the reader is, by content: the hash of its trained part, or of the frozen model that reads alone.
 
+    Of a model behind a server that is its address, its name and the rule of its prices: nobody can see more from here.
+
     A calibration belongs to it: it decides on confidence and abstention.
     """
     settings = loaded.settings
@@ -465,11 +497,17 @@ def _reader_identity(loaded: Loaded) -> str:
         folder = loaded.places.file(settings.reader.model)
         files = (folder / name for name in ("method.safetensors", "head.safetensors", "calibration.json"))
         return sha256_json([sha256_file(file) for file in files if file.is_file()])
-    from odqa.read.lm import LmReader
+    if isinstance(settings.reader, config.ApiReaderSettings):
+        from odqa.read.api import ApiReader
 
-    assert isinstance(loaded.pipeline.reader, LmReader)
-    parts = [loaded.pipeline.reader.backbone.fingerprint]
-    if settings.reader.method is not None:
+        assert isinstance(loaded.pipeline.reader, ApiReader)
+        parts = [loaded.pipeline.reader.identity]
+    else:
+        from odqa.read.lm import LmReader
+
+        assert isinstance(loaded.pipeline.reader, LmReader)
+        parts = [loaded.pipeline.reader.backbone.fingerprint]
+    if isinstance(settings.reader, config.LmReaderSettings) and settings.reader.method is not None:
         folder = loaded.places.file(settings.reader.method)
         parts += [sha256_file(folder / name) for name in ("method.safetensors", "method.json")]
     if isinstance(settings.reader.demonstrations, config.DemonstrationPool):
@@ -567,13 +605,16 @@ def run_evaluation(
     places: Places | None = None,
     out: Path | None = None,
     changes: Sequence[str] = (),
+    share: bool = True,
     log: Log = _silent,
 ) -> EvaluationResult:
     """Build what is missing, answer every question set, score, compare with the expected numbers.
 
     Runs lie in `out`/RECIPE/PIPELINE-VERSION/QUESTION_SET with scores.json in each (`out` is ./runs if not given); the
-    version is eight digits that stand for the pipeline's settings, its index, re-ranker and reader. Pipelines with
-    equal leading stages rank once: a ranking that any run below `out` had is taken from there (`odqa.replay`).
+    version is eight digits that stand for the pipeline's settings, its index, re-ranker and reader.
+
+    With `share`, pipelines with equal leading stages compute them once: what any run below `out` had is taken from
+    there (`odqa.replay`), and what a model said of a pair or a row is not asked again. Without, each computes all.
     """
     out = out or RUNS
     places = places or Places.from_environment()
@@ -588,7 +629,7 @@ def run_evaluation(
     result = EvaluationResult(recipe)
     index_of: dict[str, Index] = {}
     asked = [(gold, question_set.matcher) for question_set, _, _, gold in sets]
-    kept = Kept(remember=_REMEMBERED)
+    kept = Kept(remember=_REMEMBERED if share else 0)
     for variant in variants:
         loaded = load_pipeline(variant, places=places, build=True, indexes=index_of, kept=kept, log=log)
         held = questions_in_collection(loaded.index if settings.ceiling else None, asked, places=places)
@@ -596,7 +637,7 @@ def run_evaluation(
             version = f"{loaded.recipe.name}-{_version(loaded)}"
             folder = out / recipe.name / version / question_set.name
             log(f"{loaded.recipe.name} on {question_set.name}: {len(queries)} questions, into {folder}")
-            finished = run_queries(loaded, queries, folder, source=source, share=out, log=log)
+            finished = run_queries(loaded, queries, folder, source=source, share=out if share else None, log=log)
             evaluation = score_run(
                 finished, gold, loaded.index, question_set=question_set.name, split=question_set.split,
                 matcher=question_set.matcher, depths=settings.recall_at, seed=settings.seed,

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from odqa.stages import Packer, Reader, Recursion, Reranker, Retriever
-from odqa.types import Answer, Hit, LatentContext, PackedContext, Query, Step, Trace
+from odqa.stages import NotesReading, Packer, Reader, Recursion, Reranker, Retriever
+from odqa.types import Answer, Hit, LatentContext, PackedContext, Query, Step, Trace, as_recorded
 
 
 @dataclass(slots=True)
@@ -60,11 +60,11 @@ class Pipeline:
         hits: list[list[Hit]] = [[] for _ in queries]
         if self.retriever is not None:
             with _Clock() as clock:
-                hits = self.retriever.retrieve(queries, self.k)
+                hits = _as_recorded(self.retriever.retrieve(queries, self.k))
             _note(records, "retrieve", pass_no, clock, hits)
         if self.reranker is not None:
             with _Clock() as clock:
-                hits = self.reranker.rerank(queries, hits)
+                hits = _as_recorded(self.reranker.rerank(queries, hits))
             _note(records, "rerank", pass_no, clock, hits)
         with _Clock() as clock:
             contexts = self.packer.pack(queries, hits)
@@ -86,12 +86,16 @@ class Pipeline:
         self._read(records, contexts, pass_no)
 
     def _read(self, records: list["_Record"], contexts: list[PackedContext], pass_no: int) -> None:
+        reader: object = self.reader
         with _Clock() as clock:
-            answers = self.reader.read(contexts)
-        for record, context, answer in zip(records, contexts, answers, strict=True):
+            if isinstance(reader, NotesReading):
+                read = reader.read_with_notes(contexts)
+            else:
+                read = [(answer, {}) for answer in self.reader.read(contexts)]
+        for record, context, (answer, notes) in zip(records, contexts, read, strict=True):
             record.contexts.append(context)
             record.answers.append(replace(answer, passes=pass_no))
-            record.steps.append(Step("read", pass_no, clock.seconds / len(records), len(records)))
+            record.steps.append(Step("read", pass_no, clock.seconds / len(records), len(records), notes=notes))
 
 
 class _Record:
@@ -118,6 +122,11 @@ class _Clock:
 
     def __exit__(self, *_: object) -> None:
         self.seconds = time.perf_counter() - self._started
+
+
+def _as_recorded(hits: list[list[Hit]]) -> list[list[Hit]]:
+    """The same hits with the digits of the trace, see `odqa.types.as_recorded`."""
+    return [[Hit(hit.passage, as_recorded(hit.score), hit.source) for hit in found] for found in hits]
 
 
 def _note(records: list[_Record], stage: str, pass_no: int, clock: _Clock, hits: list[list[Hit]]) -> None:

@@ -471,13 +471,18 @@ def _build_score_reranker(settings: config.GivenScores, places: Places) -> "Rera
 
 
 def build_reader(
-    settings: config.SpanReaderSettings | config.LmReaderSettings,
+    settings: config.SpanReaderSettings | config.LmReaderSettings | config.ApiReaderSettings,
     places: Places | None = None,
     *,
     kept: Kept | None = None,
 ) -> "Reader":
-    """The reader, its frozen model loaded; `kept` has the memory that readers with the same model share."""
+    """The reader, its frozen model loaded; `kept` has the memory that readers with the same model share.
+
+    A reader behind a server asks it nothing yet. Raises RecipeError if its key is missing.
+    """
     places = places or Places.from_environment()
+    if isinstance(settings, config.ApiReaderSettings):
+        return _build_api_reader(settings, places)
     if isinstance(settings, config.SpanReaderSettings):
         from odqa.read.span import SpanReader, load_span_reader
 
@@ -502,6 +507,36 @@ def build_reader(
     template = find_template(settings.prompt, settings.template)
     shown = build_demonstrations(settings.demonstrations, places)
     return LmReader(backbone, template, demonstrations=shown, method=method, **settings.model_dump(exclude=own))
+
+
+def _build_api_reader(settings: config.ApiReaderSettings, places: Places) -> "Reader":
+    """A reader behind a server, with the key that the environment holds. RecipeError if the recipe holds it, too."""
+    from odqa.read.api import ApiReader, ByteEstimate, CountsTokens, LocalTokenizer
+    from odqa.read.endpoint import Endpoint, Secret
+    from odqa.read.prompts import find_template
+
+    key = None if settings.key_variable is None else Secret.from_environment(settings.key_variable)
+    if key is not None and key.hide(written := settings.model_dump_json()) != written:
+        raise RecipeError(f"reader api: the key of {key.variable} stands in the recipe, too. Take it out there.")
+    patience = settings.model_dump(include={"timeout", "retries", "longest_wait"})
+    cache = None if settings.cache is None else places.artifacts / settings.cache
+    endpoint = Endpoint(settings.base_url, key=key, cache=cache, **patience)
+    tokens: CountsTokens
+    if settings.bytes_per_token is not None:
+        tokens = ByteEstimate(settings.bytes_per_token)
+    else:
+        tokens = LocalTokenizer(str(settings.tokenizer))
+    own = {"kind", "base_url", "model", "key_variable", "endpoint", "tokenizer", "bytes_per_token", "cache"}
+    own |= {"prompt", "template", "demonstrations", *patience}
+    return ApiReader(
+        endpoint,
+        settings.model,
+        tokens,
+        find_template(settings.prompt, settings.template),
+        chat=settings.endpoint == "chat",
+        demonstrations=build_demonstrations(settings.demonstrations, places),
+        **settings.model_dump(exclude=own),
+    )
 
 
 def build_demonstrations(

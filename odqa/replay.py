@@ -1,19 +1,20 @@
-"""Rankings that runs share: systems with equal leading stages retrieve and re-rank once.
+"""Stages that runs share: systems with equal leading stages retrieve and re-rank once.
 
-A run's manifest names its ranking: `inputs.ranking`, a hash over everything that decides which passages come to the
-packer, and in which order (`odqa.jobs.ranking_identity`). Another run of the same ranking takes the retrieve and rerank
-steps out of the first one's traces, and only packs and reads.
+A run's manifest names its leading stages, each by a hash over everything that decides what comes out of it
+(`odqa.jobs.stage_identities`): `inputs.retrieval` stands for the retriever's hits, `inputs.ranking` for the passages
+that come to the packer and their order. Another run with the same ranking takes the retrieve and rerank steps out of
+the first one's traces, and only packs and reads; one with the same retrieval alone takes that step, and re-ranks.
 
-The invariant: a run that took its ranking from another one has the same answers.jsonl and traces.jsonl as one that
-computed it. What it did not do it does not time either: those steps have no seconds.
+The invariant: a run that took a stage from another one has the same answers.jsonl and traces.jsonl as one that computed
+it. What it did not do it does not time either: those steps have no seconds.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from odqa.artifacts import MANIFEST, load_artifact
 from odqa.errors import ArtifactError, DataError
@@ -24,37 +25,41 @@ if TYPE_CHECKING:
     from odqa.corpus.store import PassageStore
 
 _DEPTHS = (1, 2, 3)  # folders below an output root: --out DIR/RUN, runs/PIPELINE/QUESTIONS, runs/EVAL/PIPELINE/SET
-_STAGES = ("retrieve", "rerank")
+
+Leading = Literal["retrieval", "ranking"]
+STAGES: Mapping[Leading, tuple[str, ...]] = {"retrieval": ("retrieve",), "ranking": ("retrieve", "rerank")}
+"""The steps of a trace that each of the two hashes stands for."""
 
 
-def find_ranking(root: Path, ranking: str, *, log: Callable[[str], None]) -> Run | None:
-    """A finished run below `root` whose manifest names this ranking; of several the first by path. None: there is none.
+def find_leading(root: Path, what: Leading, identity: str, *, log: Callable[[str], None]) -> Run | None:
+    """A finished run below `root` whose manifest names this retrieval or ranking; of several the first by path.
 
-    Its files are compared with their hashes; one that is damaged is passed over, and `log` says so.
+    None: there is none. Its files are compared with their hashes; one that is damaged is passed over, and `log` says
+    so.
     """
     for depth in _DEPTHS:
         for file in sorted(root.glob("/".join(["*"] * depth + [MANIFEST]))):
             is_hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-            if is_hidden or _ranking_of(file) != ranking:
+            if is_hidden or _leading_of(file, what) != identity:
                 continue
             try:
                 return Run(load_artifact(file.parent, KIND, verify=True))
             except ArtifactError as error:
-                log(f"warning: {error} Its ranking is not used.")
+                log(f"warning: {error} Its {what} is not used.")
     return None
 
 
-def _ranking_of(manifest: Path) -> object:
-    """The ranking that a manifest names; None if it is another artifact's, or no manifest of ours at all."""
+def _leading_of(manifest: Path, what: Leading) -> object:
+    """What a manifest names; None if it is another artifact's, or no manifest of ours at all."""
     try:
         record = json.loads(manifest.read_text(encoding="utf-8"))
-        return record["inputs"].get("ranking") if record["kind"] == KIND else None
+        return record["inputs"].get(what) if record["kind"] == KIND else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 class Replay:
-    """The ranking of a finished run, served as a retriever and as a re-ranker.
+    """The leading stages of a finished run, served as a retriever and as a re-ranker.
 
     Queries must come in the run's question order (some may be left out). Order and scores are those that the run
     stored; passages come from `store`, those of one call at a time.
@@ -95,10 +100,11 @@ class Replay:
         return zip(step.ids, step.scores, step.sources, strict=True)
 
 
-def without_times(trace: Trace) -> Trace:
+def without_times(trace: Trace, what: Leading = "ranking") -> Trace:
     """The trace of a replay: what was taken from another run has no seconds."""
+    taken = STAGES[what]
     steps = (
-        replace(step, seconds=math.nan) if step.stage in _STAGES and step.pass_no == 1 else step for step in trace.steps
+        replace(step, seconds=math.nan) if step.stage in taken and step.pass_no == 1 else step for step in trace.steps
     )
     return replace(trace, steps=tuple(steps))
 

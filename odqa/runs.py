@@ -31,7 +31,7 @@ import odqa
 from odqa.artifacts import MANIFEST, Artifact, Draft, building, load_artifact, partial_path
 from odqa.errors import ArtifactError, ArtifactMismatch, DataError
 from odqa.runtime import peak_memory_bytes
-from odqa.types import Answer, Candidate, Dropped, Hit, PackedContext, Passage, Query, Step, Trace
+from odqa.types import Answer, Candidate, Dropped, Hit, PackedContext, Passage, Query, Step, Trace, as_recorded
 
 KIND = "run"
 ANSWERS, TRACES, TIMINGS, SCORES = "answers.jsonl", "traces.jsonl", "timings.jsonl", "scores.json"
@@ -315,9 +315,10 @@ def _fill_manifest(draft: Draft, writer: RunWriter) -> None:
 def _identity(recipe: Mapping[str, Any], inputs: Mapping[str, Any], version: str = odqa.__version__) -> Json:
     """What a run is a run of, one level flat, as it looks after a way through JSON (tuples have become lists).
 
-    Without `ranking`, which follows from the other inputs and the recipe: see `odqa.replay`.
+    Without `retrieval` and `ranking`, which follow from the other inputs and the recipe: see `odqa.replay`.
     """
-    parts = {"recipe": recipe, "inputs": {name: value for name, value in inputs.items() if name != "ranking"}}
+    own = {name: value for name, value in inputs.items() if name not in ("retrieval", "ranking")}
+    parts = {"recipe": recipe, "inputs": own}
     flat = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
     identity: Json = json.loads(json.dumps({**flat, "odqa": version}))
     return identity
@@ -481,8 +482,8 @@ def _candidate_from_json(record: Json) -> Candidate:
 
 
 def _number(value: float) -> float | str:
-    """Six significant digits: more than a ranking needs, fewer than the last bits that a batch's padding changes."""
-    return float(f"{value:.6g}") if math.isfinite(value) else str(float(value))
+    """As `as_recorded`, and as a text where JSON has no number."""
+    return as_recorded(value) if math.isfinite(value) else str(float(value))
 
 
 def _rounded(value: object) -> object:

@@ -5,7 +5,7 @@ gold answers, and keeps nothing between calls that changes a result. Each protoc
 (`tests/unit/conformance*.py`) that every implementation passes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from odqa.types import Answer, Hit, LatentContext, PackedContext, Query, TokenCosts
@@ -60,6 +60,24 @@ class ProvesFrozen(Protocol):
 
     def check_frozen(self) -> None:
         """Raises AssertionError if a bit of the model's weights has changed since it was loaded."""
+        ...
+
+
+@runtime_checkable
+class NotesReading(Protocol):
+    """A reader that has something to say about each reading for the trace, such as what it cost."""
+
+    def read_with_notes(self, contexts: Sequence[PackedContext]) -> list[tuple[Answer, Mapping[str, object]]]:
+        """The answers of `read`, each with notes as JSON values; equal readings have equal notes."""
+        ...
+
+
+@runtime_checkable
+class CountsSpending(Protocol):
+    """A reader that costs more than time, and counts it."""
+
+    def spent(self) -> Mapping[str, int]:
+        """Totals since the reader was made, by name."""
         ...
 
 

@@ -172,4 +172,13 @@ class Trace:
         return self.answers[-1]
 
 
+def as_recorded(score: float) -> float:
+    """A score with the six significant digits that a trace keeps, which are more than a ranking needs.
+
+    Fewer than the last bits that a batch's padding changes. Stages get scores with these digits, so that one that goes
+    on from a trace does what one that goes on from the stage before did.
+    """
+    return float(f"{score:.6g}")
+
+
 Hits = Sequence[Hit]

@@ -19,6 +19,7 @@ from odqa.config.index import (
 from odqa.config.pipeline import (
     AlphaHybridRetriever,
     AnyRetriever,
+    ApiReaderSettings,
     Bm25Retriever,
     Cascade,
     CrossEncoder,
@@ -80,6 +81,7 @@ __all__ = [
     "AnalyzerSettings",
     "AnyMethod",
     "AnyRetriever",
+    "ApiReaderSettings",
     "AveragedPart",
     "Bm25",
     "Bm25Retriever",

@@ -211,6 +211,59 @@ class LmReaderSettings(Settings):
     load_options: dict[str, Any] = Field({}, description="for from_pretrained: device_map, quantization_config, ...")
 
 
+class ApiReaderSettings(Settings):
+    """A language model behind a server that speaks OpenAI's protocol; prices come from a tokenizer at hand or a rule.
+
+    One of `tokenizer` and `bytes_per_token` must be given.
+    """
+
+    kind: Literal["api"]
+    base_url: str = Field(description="scheme, host and path, usually with /v1 at the end")
+    model: str = Field(description="as the server calls it")
+    key_variable: str | None = Field(None, description="environment variable that holds the key; null: none is sent")
+    endpoint: Literal["chat", "completions"] = "chat"
+    tokenizer: str | None = Field(None, description="folder, hub name or embedded name; best that of the model")
+    bytes_per_token: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="an estimate instead of a tokenizer; 3 is on the safe side"
+    )
+    message_tokens: int = Field(16, ge=0, description="charged for each message of a chat beside its words")
+    window: int = Field(ge=8, description="the server's, in tokens, shared with the answer")
+    prompt: str = "open-book"
+    template: dict[str, Any] = Field({}, description="parts of the named template that are worded otherwise")
+    demonstrations: tuple[DemonstrationSettings, ...] | DemonstrationPool = ()
+    max_new_tokens: int = Field(32, ge=1)
+    samples: int = Field(1, ge=1, description="texts a window")
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = None
+    logprobs: Literal["auto", "required", "none"] = Field(
+        "auto", description="auto: used if the server gives them; none: not asked for"
+    )
+    spelling: Literal["model", "passage"] = Field(
+        "model", description="passage: an answer is written as a packed passage writes it, if one does"
+    )
+    send_stop: bool = Field(True, description="the server ends a text where the answer ends, which is cheaper")
+    options: dict[str, Any] = Field({}, description="fields of every request, as they are; null takes one out")
+    timeout: float = Field(60.0, gt=0, description="seconds")
+    retries: int = Field(5, ge=0, description="further tries after a failure that may pass")
+    longest_wait: float = Field(60.0, ge=0, description="seconds that are waited at most before a further try")
+    concurrency: int = Field(8, ge=1, description="requests under way at once")
+    cache: str | None = Field(
+        "api-cache", description="folder for replies, by the whole request, among the artifacts; null: none are kept"
+    )
+
+    @model_validator(mode="after")
+    def _check_prices(self) -> Self:
+        if (self.tokenizer is None) == (self.bytes_per_token is None):
+            raise ValueError(
+                "give either a tokenizer or bytes_per_token: the packer must know what a passage costs before the "
+                "server counts."
+            )
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"{self.samples} samples at temperature 0 are all the same. Set a temperature.")
+        return self
+
+
 class PipelineRecipe(Settings):
     """How questions are answered. Without `index` and `retriever` it is closed-book."""
 
@@ -220,7 +273,7 @@ class PipelineRecipe(Settings):
     k: int = Field(100, ge=1, description="passages that leave the retriever")
     reranker: RerankerSettings | None = None
     packer: PackerSettings = PackerSettings()
-    reader: Annotated[SpanReaderSettings | LmReaderSettings, Field(discriminator="kind")]
+    reader: Annotated[SpanReaderSettings | LmReaderSettings | ApiReaderSettings, Field(discriminator="kind")]
     batch: int = Field(64, ge=1, description="questions that go through the stages together in run and eval")
 
     @model_validator(mode="after")
@@ -231,7 +284,9 @@ class PipelineRecipe(Settings):
 
     @model_validator(mode="after")
     def _check_windows(self) -> Self:
-        if self.packer.windows > 1 and (self.reader.kind == "span" or self.reader.passages == "apart"):
+        reader = self.reader
+        is_apart = reader.kind == "span" or (reader.kind == "lm" and reader.passages == "apart")
+        if self.packer.windows > 1 and is_apart:
             raise ValueError(
                 f"packer.windows is {self.packer.windows}, but this reader sees every passage apart. Set windows: 1."
             )

@@ -16,8 +16,8 @@ nowhere else; `describe` shows all of it. A model's own generation settings (sam
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
@@ -34,6 +34,7 @@ from odqa.frozen.method import Method
 from odqa.frozen.prefix import prefix_of_prompt
 from odqa.frozen.prompt_tuning import PromptTuning
 from odqa.models import is_encoder_decoder
+from odqa.read.generated import Generation, join_windows
 from odqa.read.prompts import (
     AnswerRules,
     ChooseDemonstrations,
@@ -45,8 +46,7 @@ from odqa.read.prompts import (
     find_template,
 )
 from odqa.runtime import progress
-from odqa.text import as_written, normalize_answer
-from odqa.types import Answer, Candidate, Hit, PackedContext, Query, TokenCosts
+from odqa.types import Answer, Hit, PackedContext, Query, TokenCosts
 
 T = TypeVar("T")
 
@@ -67,27 +67,6 @@ _PLAIN: Mapping[str, Any] = {
     "top_k": 50,  # without do_sample nothing is cut off; any other value is warned of
     "top_p": 1.0,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """One text that the model wrote: as it came (`raw`), cleaned (`text`), and what ended it (`stop`).
-
-    `stop` is the stop string, "end of text", or "max_new_tokens" for a text that was cut off. `tokens` counts the
-    generated tokens with the one that ended the text. `logprob` is their log-probability in nats under the model as it
-    is (no temperature, no top-k or top-p).
-    """
-
-    text: str
-    raw: str
-    stop: str
-    tokens: int
-    logprob: float
-
-    @property
-    def mean_logprob(self) -> float:
-        """Nats a token."""
-        return self.logprob / self.tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,33 +429,8 @@ class LmReader:
     def _answer(self, context: PackedContext, generations: Sequence[Generation]) -> Answer:
         """Join what the windows say; see the class."""
         windows = list(_chunks(generations, self.candidates))
-        is_answered = any(window[0].text for window in windows)
-        said: dict[str, list[Generation]] = {}
-        for window, passages in zip(windows, self._copied_from(context), strict=True):
-            if is_answered and not window[0].text:
-                continue
-            own: dict[str, Generation] = {}  # equal answers of one window count once
-            for generation in window:
-                text = as_written(generation.text, passages) if self.spelling == "passage" else generation.text
-                own.setdefault(normalize_answer(text) or text, replace(generation, text=text))
-            for key, generation in own.items():
-                said.setdefault(key, []).append(generation)
-        total = {key: _log_sum(one.logprob for one in same) - math.log(len(windows)) for key, same in said.items()}
-        best = {key: max(same, key=lambda generation: generation.logprob) for key, same in said.items()}
-        # Of one window the order is that of decoding, which may weigh lengths.
-        ranked = list(said) if len(windows) == 1 else sorted(said, key=lambda key: -total[key])
-        chosen = ranked[0] if is_answered else ""
-        return Answer(
-            context.query.id,
-            best[chosen].text,
-            total[chosen] if self.score == "sum" else total[chosen] / best[chosen].tokens,
-            tuple(Candidate(best[key].text, total[key]) for key in ranked if key),
-        )
-
-    def _copied_from(self, context: PackedContext) -> list[list[str]]:
-        """What an answer may be copied from, for each window: the texts of its passages, then their titles."""
         read = [context.hits] if self.passages == "apart" else context.by_window()
-        return [[*(hit.passage.text for hit in hits), *(hit.passage.title for hit in hits)] for hits in read]
+        return join_windows(context, windows, read=read, spelling=self.spelling, score=self.score)
 
     def _sampling(self, names: Sequence[str]) -> LogitsProcessorList:
         warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(self.temperature)] if self.temperature != 1.0 else []
@@ -534,13 +488,6 @@ class _GumbelNoise(LogitsProcessor):  # type: ignore[misc]
         width = scores.shape[-1]
         noise = torch.stack([-torch.empty(width).exponential_(generator=one).log() for one in self._generators])
         return scores + noise.to(scores.device)  # (rows, V)
-
-
-def _log_sum(logprobs: Iterable[float]) -> float:
-    """log of the sum of exp, in nats; of one number that number."""
-    values = list(logprobs)
-    most = max(values)
-    return most + math.log(sum(math.exp(value - most) for value in values))
 
 
 def _seed(name: str) -> int:

@@ -121,6 +121,11 @@ RenderChat = Callable[[Messages], str]
 """A tokenizer's chat template: messages with "role" and "content" to text that ends where the assistant speaks."""
 
 
+def last_message(messages: Messages) -> str:
+    """A chat template that shows the last message alone: of a conversation that somebody else renders."""
+    return messages[-1]["content"]
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A template with its demonstrations, the same for all questions or chosen for each; plain or as a conversation.
@@ -170,6 +175,22 @@ class Prompt:
         pieces = [*self.before(question), *(self.passage(passage) for passage in passages), *self.after(question)]
         return "".join(piece.text for piece in pieces)
 
+    def messages(self, question: str, passages: Sequence[Passage] = ()) -> Messages:
+        """The prompt as a conversation, for a server that renders it; made with `chat=last_message`."""
+        return [*self.turns(question), {"role": "user", "content": self.text(question, passages)}]
+
+    def turns(self, question: str) -> Messages:
+        """The demonstrations as turns before the last user message."""
+        return self._turns(self.demonstrations_for(question))
+
+    def _turns(self, shown: Sequence[Demonstration]) -> Messages:
+        messages: Messages = []
+        for number, example in enumerate(shown):
+            opening = self._close(self.template.constant("instruction")) if number == 0 else ""
+            messages.append({"role": "user", "content": opening + self._ask(example)})
+            messages.append({"role": "assistant", "content": example.answer})
+        return messages
+
     def _demonstrate(self, example: Demonstration) -> str:
         asked = self._ask(example)
         answer = f"{self.template.constant('answer')} {example.answer}".strip()
@@ -187,12 +208,7 @@ class Prompt:
         """The conversation around the last user message; two empty texts without chat."""
         if self.chat is None:
             return "", ""
-        messages: Messages = []
-        for number, example in enumerate(shown):
-            opening = self._close(self.template.constant("instruction")) if number == 0 else ""
-            messages.append({"role": "user", "content": opening + self._ask(example)})
-            messages.append({"role": "assistant", "content": example.answer})
-        messages.append({"role": "user", "content": _SLOT})
+        messages = [*self._turns(shown), {"role": "user", "content": _SLOT}]
         parts = self.chat(messages).split(_SLOT)
         if len(parts) != 2:
             raise RecipeError(

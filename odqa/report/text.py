@@ -189,8 +189,11 @@ def stage_table(title: str, evaluations: Named) -> Table:
                 rows.append((name, stage, f"{seconds:,.2f}", str(questions), rate))
             if shared > 0:
                 rows.append((name, stage, "shared", str(shared), "-"))
-        source = item.measured.get("ranking_from")
-        notes += [f"{name}: ranking taken from the run {source}"] if source else []
+        for what in ("retrieval", "ranking"):
+            source = item.measured.get(f"{what}_from")
+            notes += [f"{name}: {what} taken from the run {source}"] if source else []
+        spent = item.measured.get("reader")
+        notes += [f"{name}: the reader's server: {_counted(spent)}"] if spent else []
         peak = item.measured.get("peak_memory_bytes")
         device = f", device {item.measured['device']}" if "device" in item.measured else ""
         notes += [f"{name}: peak memory {peak / 2**20:,.0f} MiB{device}"] if peak else []
@@ -297,6 +300,11 @@ def _by_question_set(evaluations: Named) -> dict[tuple[str, str], list[tuple[str
     return groups
 
 
+def _counted(spent: Mapping[str, int]) -> str:
+    """What a reader behind a server cost: 120 requests, 4 from cache, 3 retries, ..."""
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in spent.items())
+
+
 def _interval(score: Score) -> str:
     return f"{score.value:.1f} [{score.low:.1f}, {score.high:.1f}]"
 
@@ -382,6 +390,8 @@ def confidence(answer: Answer) -> str:
     """The calibrated confidence; else the score, as a probability where it is one (a log-probability in nats)."""
     if answer.confidence is not None:
         return f"confidence {answer.confidence:.2f}"
+    if math.isnan(answer.score):
+        return "confidence unknown"
     if math.isfinite(answer.score) and answer.score <= 0:
         return f"confidence {math.exp(answer.score):.2f}, uncalibrated"
     return f"score {answer.score:.4g}"

@@ -1,4 +1,4 @@
-"""Systems with equal leading stages rank once: with real (tiny) models, a shared run equals one that ranked itself."""
+"""Systems with equal leading stages compute them once: with tiny models, a shared run equals one that computed all."""
 
 import json
 import shutil
@@ -61,6 +61,7 @@ def test_the_second_budget_takes_the_ranking_of_the_first(evaluated: Outcome, ou
     first, second = (run_of(out, f"{name}-{budget}") for budget in BUDGETS)
     assert f"{second}: the ranking is taken from {first}" in evaluated.err
     assert evaluated.err.count("the ranking is taken from") == 2
+    assert evaluated.err.count("the retrieval is taken from") == 1  # by the first that re-ranks
     manifests = [load_run(path).manifest for path in (first, second)]
     assert manifests[0]["inputs"]["ranking"] == manifests[1]["inputs"]["ranking"]
     assert "ranking_from" not in manifests[0]["measured"]
@@ -68,17 +69,32 @@ def test_the_second_budget_takes_the_ranking_of_the_first(evaluated: Outcome, ou
     assert manifests[1]["measured"]["stages"]["retrieve"]["shared"] == 12
 
 
-@pytest.mark.parametrize("name", ["plain", "reranked"])
-def test_a_shared_run_has_the_bytes_of_one_that_ranked_itself(
-    world: World, recipe: Path, evaluated: Outcome, out: Path, tmp_path: Path, name: str
+def test_a_run_that_re_ranks_takes_the_retrieval_of_one_that_does_not(evaluated: Outcome, out: Path) -> None:
+    first, second = run_of(out, f"plain-{BUDGETS[0]}"), run_of(out, f"reranked-{BUDGETS[0]}")
+    assert f"{second}: the retrieval is taken from {first}" in evaluated.err
+    manifests = [load_run(path).manifest for path in (first, second)]
+    assert manifests[0]["inputs"]["retrieval"] == manifests[1]["inputs"]["retrieval"]
+    stages = manifests[1]["measured"]["stages"]
+    assert stages["retrieve"]["shared"] == 12 and "shared" not in stages["rerank"] and stages["rerank"]["seconds"] > 0
+    assert (second / manifests[1]["measured"]["retrieval_from"]).resolve() == first.resolve()
+
+
+@pytest.fixture(scope="module")
+def unshared(world: World, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
+    """The same evaluation, each system by itself."""
+    folder = tmp_path_factory.mktemp("unshared")
+    return ok("eval", recipe, "--artifacts", world.artifacts, "--out", folder, "--no-share"), folder
+
+
+@pytest.mark.parametrize("name", [f"{name}-{budget}" for name in ("plain", "reranked") for budget in BUDGETS])
+def test_a_shared_run_has_the_bytes_of_one_that_computed_all(
+    evaluated: Outcome, unshared: tuple[Outcome, Path], out: Path, name: str
 ) -> None:
-    """The second budget alone, elsewhere: nothing to share there."""
-    settings = yaml.safe_load(recipe.read_text())["pipelines"]
-    alone = next(f"[{json.dumps(item)}]" for item in settings if item["name"] == f"{name}-{BUDGETS[1]}")
-    changes = ("--set", f"pipelines={alone}", "--set", "gains=[]")
-    outcome = ok("eval", recipe, "--artifacts", world.artifacts, "--out", tmp_path, *changes)
-    assert "the ranking is taken from" not in outcome.err
-    shared, computed = run_of(out, f"{name}-{BUDGETS[1]}"), run_of(tmp_path, f"{name}-{BUDGETS[1]}")
+    outcome, folder = unshared
+    assert "is taken from" not in outcome.err
+    shared, computed = run_of(out, name), run_of(folder, name)
+    stages = load_run(computed).manifest["measured"]["stages"]
+    assert not any("shared" in stage for stage in stages.values())
     for file in (ANSWERS, TRACES):
         assert sha256_file(shared / file) == sha256_file(computed / file)
 
@@ -147,18 +163,18 @@ def test_a_killed_run_goes_on_with_the_ranking_of_another(
 
 
 @pytest.mark.parametrize(
-    ("change", "is_shared"),
+    ("change", "shared"),
     [
-        ("packer.budget=200", True),
-        ("reader.candidates=2", True),
-        ("reranker.depth=11", False),
-        ("retriever.weights=[1.0, 0.4]", False),
-        ("k=19", False),
-        ("batch=6", False),
+        ("packer.budget=200", "ranking"),
+        ("reader.candidates=2", "ranking"),
+        ("reranker.depth=11", "retrieval"),
+        ("retriever.weights=[1.0, 0.4]", None),
+        ("k=19", None),
+        ("batch=6", None),
     ],
 )
-def test_a_ranking_is_shared_if_and_only_if_all_that_decides_it_is_equal(
-    world: World, recipe: Path, evaluated: Outcome, out: Path, change: str, is_shared: bool
+def test_a_stage_is_shared_if_and_only_if_all_that_decides_it_is_equal(
+    world: World, recipe: Path, evaluated: Outcome, out: Path, change: str, shared: str | None
 ) -> None:
     """`odqa run` beside the folder of an evaluation."""
     variant = yaml.safe_load(recipe.read_text())["pipelines"][2]
@@ -166,7 +182,8 @@ def test_a_ranking_is_shared_if_and_only_if_all_that_decides_it_is_equal(
     common = ("run", variant["recipe"], world.questions, "--artifacts", world.artifacts)
     arguments = [argument for change in changes for argument in ("--set", change)]
     outcome = ok(*common, *arguments, "--out", out / f"run-{change.partition('=')[0]}")
-    assert ("the ranking is taken from" in outcome.err) is is_shared
+    taken = [what for what in ("retrieval", "ranking") if f"the {what} is taken from" in outcome.err]
+    assert taken == ([] if shared is None else [shared])
 
 
 def test_other_weights_of_the_reranker_are_another_ranking_and_another_run(

@@ -10,7 +10,8 @@ import torch
 from odqa.errors import DataError, RecipeError
 from odqa.frozen.backbone import Backbone, fingerprint, load_backbone
 from odqa.pack import GreedyPacker
-from odqa.read.lm import Generation, LmReader, load_lm
+from odqa.read.generated import Generation
+from odqa.read.lm import LmReader, load_lm
 from odqa.read.prompts import AnswerRules, Demonstration, PromptTemplate
 from odqa.types import Answer, PackedContext, Passage, Query
 from tests.tiny_models import tiny_bert, tiny_bert2bert, tiny_gpt2, tiny_llama, tiny_odqa_mini, tiny_t5

@@ -455,6 +455,8 @@ def _pairs() -> dict[str, tuple[type[config.Settings], Any, set[str]]]:
     """Settings, what they are given to, and the settings that the builder uses up or turns into something else."""
     from odqa.frozen.fit import FitSettings
     from odqa.pack import GreedyPacker
+    from odqa.read.api import ApiReader
+    from odqa.read.endpoint import Endpoint
     from odqa.read.lm import LmReader
     from odqa.read.span import SpanReader
     from odqa.read.train import GroupSettings
@@ -466,6 +468,8 @@ def _pairs() -> dict[str, tuple[type[config.Settings], Any, set[str]]]:
     from odqa.retrieve.vectors import VectorSettings
 
     backbone = {"model", "device", "dtype"}
+    patience = {"timeout", "retries", "longest_wait"}
+    server = {"base_url", "key_variable", "endpoint", "tokenizer", "bytes_per_token", "cache"}
     return {
         "hybrid": (config.HybridRetriever, HybridRetriever, set()),
         "alpha-hybrid": (config.AlphaHybridRetriever, AlphaHybridRetriever, {"alpha"}),
@@ -481,6 +485,12 @@ def _pairs() -> dict[str, tuple[type[config.Settings], Any, set[str]]]:
             config.LmReaderSettings,
             LmReader,
             backbone | {"architecture", "template", "load_options", "chat_options"},
+        ),
+        "api": (config.ApiReaderSettings, ApiReader, server | patience | {"model", "window", "template", "options"}),
+        "endpoint": (
+            config.ApiReaderSettings,
+            Endpoint,
+            set(config.ApiReaderSettings.model_fields) - patience,
         ),
         "fit": (config.FitRecipe, FitSettings, {"steps", "learning_rates"}),
         "groups": (config.GroupRecipe, GroupSettings, {"source_weights"}),

@@ -10,7 +10,7 @@ import pytest
 from odqa.corpus.store import PassageStore
 from odqa.errors import DataError
 from odqa.pipeline import Pipeline
-from odqa.replay import Replay, find_ranking, reranked_order, without_times
+from odqa.replay import Replay, find_leading, reranked_order, without_times
 from odqa.runs import TIMINGS, TRACES, Run, load_run, recording
 from odqa.types import Answer, Hit, PackedContext, Passage, Query, Step, TokenCosts, Trace
 
@@ -91,6 +91,22 @@ def test_a_replayed_run_has_the_bytes_of_a_computed_one_but_no_times(tmp_path: P
     assert math.isnan(second.trace("q1").steps[0].seconds)
 
 
+def test_a_re_ranker_over_replayed_hits_gives_the_bytes_of_one_over_fresh_ones(tmp_path: Path) -> None:
+    """The re-ranker adds up what it gets, so a digit more or less would show."""
+
+    class Adder:
+        def rerank(self, queries: list[Query], hits: list[list[Hit]]) -> list[list[Hit]]:
+            return [[Hit(h.passage, 1e6 * (h.score - 0.9999996), "second") for h in found] for found in hits]
+
+    fresh = record(tmp_path / "fresh", "r", pipeline(reranker=Adder()).answer(QUERIES))
+    plain = record(tmp_path / "plain", "p", pipeline(reranker=None).answer(QUERIES))
+    made = pipeline(retriever=Replay(plain, STORE), reranker=Adder()).answer(QUERIES)
+    again = record(tmp_path / "again", "r", [without_times(trace, "retrieval") for trace in made])
+    assert (fresh.path / TRACES).read_bytes() == (again.path / TRACES).read_bytes()
+    stages = again.manifest["measured"]["stages"]
+    assert stages["retrieve"]["shared"] == 4 and "shared" not in stages["rerank"]
+
+
 def test_a_replay_may_leave_questions_out_but_not_go_back(tmp_path: Path) -> None:
     replay = Replay(record(tmp_path / "run", "r"), STORE)
     assert [hit.passage.id for hit in replay.retrieve(QUERIES[1:2], 3)[0]] == ["1", "2", "3"]
@@ -111,10 +127,10 @@ def test_a_question_of_another_wording_is_not_that_question(tmp_path: Path) -> N
 def test_a_ranking_is_found_at_the_depths_that_run_and_eval_write_to(tmp_path: Path) -> None:
     for name in ("a", "b/c", "d/e/f"):
         record(tmp_path / name, name)
-        found = find_ranking(tmp_path, name, log=pytest.fail)
+        found = find_leading(tmp_path, "ranking", name, log=pytest.fail)
         assert found is not None and found.path == tmp_path / name
-    assert find_ranking(tmp_path, "another", log=pytest.fail) is None
-    assert find_ranking(tmp_path / "nowhere", "a", log=pytest.fail) is None
+    assert find_leading(tmp_path, "ranking", "another", log=pytest.fail) is None
+    assert find_leading(tmp_path / "nowhere", "ranking", "a", log=pytest.fail) is None
 
 
 def test_other_artifacts_and_runs_of_the_first_version_have_no_ranking(tmp_path: Path) -> None:
@@ -123,7 +139,7 @@ def test_other_artifacts_and_runs_of_the_first_version_have_no_ranking(tmp_path:
         (tmp_path / name / "manifest.json").write_text(manifest)
     with recording(tmp_path / "old", ["q0"], recipe={}, inputs={"index": "0"}) as writer:
         writer.add(pipeline().answer(QUERIES[:1]))
-    assert find_ranking(tmp_path, "r", log=pytest.fail) is None
+    assert find_leading(tmp_path, "ranking", "r", log=pytest.fail) is None
 
 
 def test_a_damaged_run_is_passed_over_with_a_warning(tmp_path: Path) -> None:
@@ -132,7 +148,7 @@ def test_a_damaged_run_is_passed_over_with_a_warning(tmp_path: Path) -> None:
     file = tmp_path / "a" / TRACES
     file.write_bytes(file.read_bytes().replace(b"question 0", b"question 9"))  # the same size
     lines: list[str] = []
-    found = find_ranking(tmp_path, "r", log=lines.append)
+    found = find_leading(tmp_path, "ranking", "r", log=lines.append)
     assert found is not None and found.path.name == "b"
     assert len(lines) == 1 and "traces.jsonl is damaged" in lines[0] and lines[0].endswith("Its ranking is not used.")
 

@@ -165,6 +165,16 @@ def test_a_stage_that_did_not_run_is_shared_and_has_no_rate() -> None:
     assert table.notes == ("one: ranking taken from the run ../../other/toy",)
 
 
+def test_the_times_say_what_a_reader_behind_a_server_cost_and_where_a_retrieval_is_from() -> None:
+    spent = {"requests": 1200, "from_cache": 4, "retries": 0, "prompt_tokens": 90000, "completion_tokens": 7}
+    measured = {"stages": {}, "retrieval_from": "../other", "reader": spent}
+    table = stage_table("toy", [("one", replace(an_evaluation("Rome"), measured=measured))])
+    assert table.notes == (
+        "one: retrieval taken from the run ../other",
+        "one: the reader's server: 1,200 requests, 4 from cache, 0 retries, 90,000 prompt tokens, 7 completion tokens",
+    )
+
+
 def test_gains_are_a_row_a_pair_and_marked_where_they_leave_zero_out() -> None:
     first, second = an_evaluation(*["Bern"] * 20), an_evaluation(*["Rome"] * 20)
     gains = [measure_gain("a", first, "b", second, metrics=("recall_in_context", "em"))]
