@@ -25,6 +25,7 @@ from odqa.errors import ArtifactError, DataError, RecipeError
 from odqa.runtime import Recent
 
 if TYPE_CHECKING:
+    from odqa.pack.trim import SentenceTrimmer
     from odqa.pipeline import Pipeline
     from odqa.read.prompts import ChooseDemonstrations, Demonstration
     from odqa.retrieve.index import Index
@@ -389,9 +390,9 @@ def build_pipeline(
     assert isinstance(settings, config.PipelineRecipe)
     kept = kept or Kept()
     reader = kept.part("reader", settings.reader, lambda found: build_reader(found, places, kept=kept))
-    packer = build_packer(settings.packer, reader)
     retriever = build_retriever(settings, index)
     reranker = kept.part("reranker", settings.reranker, lambda found: build_reranker(found, places, kept=kept))
+    packer = build_packer(settings.packer, reader, reranker)
     return Pipeline(reader, packer, retriever, reranker, k=settings.k)
 
 
@@ -415,13 +416,26 @@ def build_retriever(settings: config.PipelineRecipe, index: "Index | None") -> "
             return retrieve.AlphaHybridRetriever(index, **chosen.model_dump(exclude={"kind"}))
 
 
-def build_packer(settings: config.PackerSettings, reader: "Reader") -> "Packer":
-    """The packer, which budgets with the prices of this reader."""
+def build_packer(settings: config.PackerSettings, reader: "Reader", reranker: "Reranker | None") -> "Packer":
+    """The packer, which budgets with the prices of this reader and has sentences scored as the recipe says."""
     from odqa.pack.greedy import GreedyPacker
-    from odqa.pack.trim import SentenceTrimmer
 
-    trim = None if settings.trim is None else SentenceTrimmer(**dict(settings.trim))
+    trim = None if settings.trim is None else _build_trimmer(settings.trim, reranker)
     return GreedyPacker(reader, **{**dict(settings), "trim": trim})
+
+
+def _build_trimmer(settings: config.TrimSettings, reranker: "Reranker | None") -> "SentenceTrimmer":
+    from odqa.pack.trim import ModelScores, SentenceTrimmer, TermOverlap
+
+    own = settings.model_dump(include={"sentences", "around", "whole"})
+    if settings.by == "terms":
+        return SentenceTrimmer(**own, scorer=TermOverlap())
+    from odqa.rerank.cascade import CascadeReranker
+    from odqa.rerank.pairs import PairReranker
+
+    last = reranker.stages[-1] if isinstance(reranker, CascadeReranker) else reranker
+    assert isinstance(last, PairReranker)  # the recipe was checked: there is one, and it reads text
+    return SentenceTrimmer(**own, scorer=ModelScores(last, settings.depth))
 
 
 def build_reranker(

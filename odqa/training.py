@@ -540,7 +540,7 @@ class _LmSetup:
 
         from odqa.frozen.fit import FitSettings
         from odqa.read.lm import LmReader
-        from odqa.recipes import build_packer, build_reader
+        from odqa.recipes import build_packer, build_reader, build_reranker
         from odqa.runtime import has_fast_bf16
 
         self.settings, self.places = settings, places
@@ -562,7 +562,8 @@ class _LmSetup:
         # The model trains in float32 (in bfloat16 under autocast), whatever the pipeline reads in.
         reader = build_reader(pipeline.reader.model_copy(update={"dtype": "float32", "batch_size": 16}), places)
         assert isinstance(reader, LmReader)
-        self.reader, self.packer = reader, build_packer(pipeline.packer, reader)
+        reranker = build_reranker(pipeline.reranker, places) if pipeline.packer.needs_reranker else None
+        self.reader, self.packer = reader, build_packer(pipeline.packer, reader, reranker)
         on_cpu = reader.backbone.device.type == "cpu"
         autocast = has_fast_bf16() or not on_cpu if settings.autocast is None else settings.autocast
         self.fit = FitSettings(**settings.fit.model_dump(), autocast=autocast)

@@ -3,7 +3,7 @@
 import itertools
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from odqa.config.base import Settings
 
@@ -120,6 +120,22 @@ class TrimSettings(Settings):
     sentences: int = Field(3, ge=1, description="the most sentences of a trimmed passage, neighbours not counted")
     around: int = Field(0, ge=0, description="neighbours kept on each side of a kept sentence")
     whole: int | None = Field(None, ge=0, description="hits that may be packed whole; null: all, 0: all are trimmed")
+    by: Literal["terms", "reranker"] = Field(
+        "terms", description="what scores a sentence: the question's terms in it, or the pipeline's re-ranker"
+    )
+    depth: int = Field(4, ge=1, description="by the re-ranker: of the first so many hits; behind them by terms")
+
+    @model_validator(mode="after")
+    def _check_depth(self) -> Self:
+        if self.by == "terms" and "depth" in self.model_fields_set:
+            raise ValueError("depth says whose sentences the re-ranker scores. Set by: reranker, or remove depth.")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> Any:
+        """By terms without `by` and `depth`: recipes from before there was a choice keep their hashes."""
+        record = serialize(self)
+        return {key: record[key] for key in record if self.by == "reranker" or key not in ("by", "depth")}
 
 
 class PackerSettings(Settings):
@@ -132,6 +148,11 @@ class PackerSettings(Settings):
     duplicates: Literal["exact", "near"] = "exact"
     resemblance: float = Field(0.5, gt=0, le=1, description="from here on two texts are near duplicates")
     trim: TrimSettings | None = Field(None, description="null: passages go in whole or not at all")
+
+    @property
+    def needs_reranker(self) -> bool:
+        """Whether the re-ranker scores sentences, too."""
+        return self.trim is not None and self.trim.by == "reranker"
 
 
 class SpanReaderSettings(Settings):
@@ -280,6 +301,16 @@ class PipelineRecipe(Settings):
     def _check_retriever(self) -> Self:
         if self.retriever is not None and self.index is None:
             raise ValueError(f"a {self.retriever.kind} retriever needs an index. Name one under index.")
+        return self
+
+    @model_validator(mode="after")
+    def _check_trim(self) -> Self:
+        if not self.packer.needs_reranker:
+            return self
+        last = self.reranker.stages[-1] if isinstance(self.reranker, Cascade) else self.reranker
+        if last is None or isinstance(last, GivenScores):
+            found = "there is no re-ranker" if last is None else "a re-ranker of kind scores reads no sentences"
+            raise ValueError(f"packer.trim.by is reranker, but {found}. Set by: terms, or name one that reads.")
         return self
 
     @model_validator(mode="after")

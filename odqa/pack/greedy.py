@@ -9,14 +9,14 @@ sentences (`odqa.pack.trim`); the packed hit then holds the kept text. Nothing i
 is left out is recorded with the reason.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 from odqa.errors import DataError, RecipeError
 from odqa.pack.duplicates import NearDuplicates, mark_duplicates
-from odqa.pack.trim import SentenceTrimmer, term_weights
+from odqa.pack.trim import Cut, Found, SentenceTrimmer, TermOverlap
 from odqa.stages import Reader
 from odqa.types import Dropped, Hit, PackedContext, Passage, Query
 
@@ -27,6 +27,11 @@ Duplicates = Literal["exact", "near"]
 _EMPTY = Hit(Passage("", ""), 0.0, "pack")  # its price is what any passage costs beside its words
 
 T = TypeVar("T")
+A = TypeVar("A")
+R = TypeVar("R")
+
+Packing = Generator[Cut, list[float], R]
+"""Work on one query that asks what the sentences of a passage score whenever it needs to know, and goes on then."""
 
 
 @runtime_checkable
@@ -57,7 +62,9 @@ class GreedyPacker:
     that of a packed one by `resemblance` or more is left out too (`odqa.pack.duplicates`; the whole texts are compared,
     trimmed or not).
 
-    With `trim`, a passage that does not fit whole is offered again with its best sentences only, then with fewer.
+    With `trim`, a passage that does not fit whole is offered again with its best sentences only, then with fewer. What
+    its sentences score is asked for when it is cut, not before, and of all queries together: they are packed side by
+    side, each as far as it gets without an answer.
 
     Pricing is lazy, because tokenising 100 passages of which 4 fit is most of the work of packing. Prices are asked for
     at most `PRICED_AT_ONCE` passages at a time, and only for what may fit: a passage whose characters, at the fewest
@@ -102,9 +109,10 @@ class GreedyPacker:
         Raises DataError if the question alone is over the budget of a window or over the reader's window, RecipeError
         for several windows with a reader that sees every passage apart.
         """
-        return [self._pack_one(query, list(found)) for query, found in zip(queries, hits, strict=True)]
+        work = [self._pack_one(query, list(found)) for query, found in zip(queries, hits, strict=True)]
+        return _side_by_side(work, TermOverlap().scores if self.trim is None else self.trim.scorer.scores)
 
-    def _pack_one(self, query: Query, hits: list[Hit]) -> PackedContext:
+    def _pack_one(self, query: Query, hits: list[Hit]) -> Packing[PackedContext]:
         # 1. Duplicates leave before any token is counted. `fate` says what became of each hit: packed, or dropped.
         fate: dict[int, _Packed | Dropped] = {}
         for rank, is_duplicate in enumerate(mark_duplicates(hits)):
@@ -126,7 +134,7 @@ class GreedyPacker:
             elif near is not None and near.resembles_a_kept_one(hits[rank]):
                 fate[rank] = Dropped(hits[rank].passage.id, "near duplicate", 0)
             else:
-                fate[rank] = offers.take(rank, waiting[at + 1 :], places)
+                fate[rank] = yield from offers.take(rank, waiting[at + 1 :], places)
             if isinstance(fate[rank], _Packed):
                 places -= 1
                 if near is not None:
@@ -182,6 +190,21 @@ def show_passages(hits: Sequence[Hit]) -> str:
     return "\n\n".join(f"{hit.passage.title}\n{hit.passage.text}".strip() for hit in hits)
 
 
+def _side_by_side(work: Sequence[Generator[T, A, R]], answer: Callable[[Sequence[T]], Sequence[A]]) -> list[R]:
+    """Run generators to their ends, in rounds: what all of them ask for in a round is answered together."""
+    done: dict[int, R] = {}
+    replies: dict[int, A | None] = dict.fromkeys(range(len(work)))
+    while replies:
+        asked: dict[int, T] = {}
+        for number, reply in replies.items():
+            try:
+                asked[number] = next(work[number]) if reply is None else work[number].send(reply)
+            except StopIteration as end:
+                done[number] = end.value
+        replies = dict(zip(asked, answer(list(asked.values())) if asked else (), strict=True))
+    return [done[number] for number in range(len(work))]
+
+
 def _in_reading_order(kept: Sequence[T], order: Order) -> list[T]:
     match order:
         case "score":
@@ -207,46 +230,49 @@ class _Offers:
         self, reader: Reader, query: Query, hits: Sequence[Hit], trim: SentenceTrimmer | None, room: "_Room"
     ) -> None:
         self._reader, self._query, self._hits, self._trim, self._room = reader, query, hits, trim, room
-        self._weights = {} if trim is None else term_weights(query, hits)
-        self._made: dict[int, Sequence[Hit]] = {}
-        self._prices: dict[tuple[int, int], int | None] = {}  # by rank and number of the form
+        self._found = Found(query, hits)
+        self._prices: dict[int, int | None] = {}  # of whole hits, by rank
 
-    def take(self, rank: int, coming: Sequence[int], places: int) -> _Packed | Dropped:
-        """Pay for the longest form of a hit that fits. `coming` are the ranks after it, perhaps priced along."""
-        refused = Dropped(self._hits[rank].passage.id, "over the limit", 0)
+    def take(self, rank: int, coming: Sequence[int], places: int) -> Packing[_Packed | Dropped]:
+        """Pay for the longest form of a hit that fits. `coming` are the ranks after it, perhaps priced along.
+
+        Asks for the scores of its sentences if it has to be cut.
+        """
+        hit, refused = self._hits[rank], Dropped(self._hits[rank].passage.id, "over the limit", 0)
         if not self._room.has_room:
             return refused
-        for number, form in enumerate(self._forms(rank)):
-            if (rank, number) not in self._prices:
-                if not self._room.may_fit(form):
-                    continue
-                self._ask([(rank, number), *islice(self._worth_asking(coming), min(PRICED_AT_ONCE, places) - 1)])
-            price = self._prices[rank, number]
+        if self._may_fit_whole(rank):
+            if rank not in self._prices:
+                new = (later for later in coming if later not in self._prices and self._may_fit_whole(later))
+                self._ask([rank, *islice(new, min(PRICED_AT_ONCE, places) - 1)])
+            if window := self._room.take(hit, self._prices[rank]):
+                return _Packed(hit, window)
+            refused = Dropped(hit.passage.id, "does not fit", self._prices[rank] or 0)
+        if self._trim is None or not self._may_fit_cut(rank, self._trim.shortest(hit)):
+            return refused
+        scores = yield Cut(self._found, rank)
+        for form in self._trim.forms(hit, scores):
+            if (form is hit and rank in self._prices) or not self._room.may_fit(form):
+                continue
+            (price,) = self._reader.costs(self._query, [form]).passages
             if window := self._room.take(form, price):
                 return _Packed(form, window)
-            refused = Dropped(self._hits[rank].passage.id, "does not fit", price or 0)
+            refused = Dropped(hit.passage.id, "does not fit", price or 0)
         return refused
 
-    def _worth_asking(self, ranks: Iterable[int]) -> Iterator[tuple[int, int]]:
-        """Of each hit the form that would be asked for if it were its turn now."""
-        for rank in ranks:
-            for number, form in enumerate(self._forms(rank)):
-                if (rank, number) in self._prices:
-                    if self._room.fits(self._prices[rank, number]):
-                        break
-                elif self._room.may_fit(form):
-                    yield rank, number
-                    break
+    def _may_fit_whole(self, rank: int) -> bool:
+        """Whether the hit may be packed whole, and by what is known of its price has room."""
+        if self._trim is not None and not self._trim.is_offered_whole(rank):
+            return False
+        return rank in self._prices or self._room.may_fit(self._hits[rank])
 
-    def _ask(self, wanted: Sequence[tuple[int, int]]) -> None:
-        prices = self._reader.costs(self._query, [self._made[rank][number] for rank, number in wanted]).passages
-        self._prices.update(zip(wanted, prices, strict=True))
+    def _may_fit_cut(self, rank: int, shortest: Hit) -> bool:
+        """Whether the shortest form of the hit may have room; not if that is the whole hit, which had none."""
+        return (shortest is not self._hits[rank] or rank not in self._prices) and self._room.may_fit(shortest)
 
-    def _forms(self, rank: int) -> Sequence[Hit]:
-        if rank not in self._made:
-            hit = self._hits[rank]
-            self._made[rank] = (hit,) if self._trim is None else self._trim.forms(hit, rank, self._weights)
-        return self._made[rank]
+    def _ask(self, ranks: Sequence[int]) -> None:
+        prices = self._reader.costs(self._query, [self._hits[rank] for rank in ranks]).passages
+        self._prices.update(zip(ranks, prices, strict=True))
 
 
 @dataclass(slots=True)

@@ -79,6 +79,14 @@ class PairReranker:
         rest = ([] if self.depth is None else list(found[self.depth :]) for found in hits)
         return [ranking + behind for ranking, behind in zip(renewed, rest, strict=True)]
 
+    def score_pairs(self, pairs: Sequence[tuple[Query, Passage]]) -> list[float]:
+        """The model's score of each pair by itself, in their order: no depth, no `retriever_weight`.
+
+        Raises DataError as `rerank` does.
+        """
+        found = [Hit(passage, 0.0, self.source) for _, passage in pairs]
+        return self._known_or_scored([_Pair(query, hit, 0) for (query, _), hit in zip(pairs, found, strict=True)])
+
     def _prior(self, pair: "_Pair") -> float:
         """What the score that a hit came with adds."""
         if not self.retriever_weight:

@@ -30,9 +30,9 @@ def recipe(world: World, cross: dict[str, Any], tmp_path_factory: pytest.TempPat
         {
             "recipe": str(world.pipeline("span")),
             "name": f"{name}-{budget}",
-            "set": {"reranker": reranker, "packer.budget": budget, "batch": 5},
+            "set": {"reranker": reranker, "packer.budget": budget, "packer.trim": trim, "batch": 5},
         }
-        for name, reranker in (("plain", None), ("reranked", cross))
+        for name, reranker, trim in (("plain", None, None), ("reranked", cross, {"sentences": 1, "by": "reranker"}))
         for budget in BUDGETS
     ]
     gains = [{"from": f"plain-{budget}", "to": f"reranked-{budget}"} for budget in BUDGETS]

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,17 @@ from odqa.errors import ArtifactError, ArtifactMismatch, DataError, RecipeError
 from odqa.frozen.backbone import load_backbone
 from odqa.frozen.method import create_method
 from odqa.frozen.pairs import PairHead
-from odqa.recipes import build_reranker
+from odqa.recipes import build_packer, build_reranker
+from odqa.rerank.cascade import CascadeReranker
 from odqa.rerank.cross import CrossEncoderReranker
 from odqa.rerank.models import HubModel, TrainedModel, export_classifier
 from odqa.rerank.train import PairModel, rank_candidates, save_reranker
 from odqa.runtime import Recent
+from odqa.sentences import split_sentences
 from odqa.types import Hit, Passage, Query
 from tests.tiny_models import tiny_bert, tiny_cross_encoder
 from tests.unit.conformance_read import HITS, QUERIES, RerankerConformance, ranked
+from tests.unit.test_pack import WordReader
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +235,27 @@ def test_the_retriever_weight_adds_its_share_of_the_incoming_score(one_label: st
     assert [hit.score for hit in mixed] == sorted((hit.score for hit in mixed), reverse=True)
     (overruled,) = load(one_label, retriever_weight=1e6).rerank(QUERIES[:1], HITS[:1])
     assert [hit.passage.id for hit in overruled] == [hit.passage.id for hit in HITS[0]]
+
+
+def test_a_pair_by_itself_has_the_models_score_alone(one_label: str) -> None:
+    (ranking,) = load(one_label).rerank(QUERIES[:1], HITS[:1])
+    other = load(one_label, depth=1, retriever_weight=5)
+    scores = other.score_pairs([(QUERIES[0], hit.passage) for hit in HITS[0]])
+    names = [hit.passage.id for hit in HITS[0]]
+    assert dict(zip(names, scores, strict=True)) == {hit.passage.id: hit.score for hit in ranking}
+    assert other.score_pairs([]) == []
+
+
+def test_a_packer_that_trims_by_the_reranker_keeps_the_sentence_that_it_scores_highest(one_label: str) -> None:
+    reranker = load(one_label)
+    settings = config.PackerSettings(budget=20, trim=config.TrimSettings(sentences=1, by="reranker"))
+    whole = Passage("p", "the river is long. paris is old. the king was born in france.", "rome")
+    sentences = [replace(whole, text=text) for text in split_sentences(whole.text)]
+    scores = reranker.score_pairs([(QUERIES[2], sentence) for sentence in sentences])
+    best = sentences[scores.index(max(scores))]
+    for given in (reranker, CascadeReranker([load(one_label, depth=5), reranker])):
+        (context,) = build_packer(settings, WordReader(), given).pack(QUERIES[2:], [ranked(whole)])
+        assert [hit.passage for hit in context.hits] == [best]
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])

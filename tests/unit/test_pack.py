@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from odqa.errors import DataError, RecipeError
 from odqa.pack import PRICED_AT_ONCE, GreedyPacker, show_passages
 from odqa.pack.duplicates import resemblance
-from odqa.pack.trim import GAP, SentenceTrimmer, term_weights
+from odqa.pack.trim import GAP, Cut, Found, ModelScores, SentenceTrimmer, TermOverlap, term_weights
 from odqa.sentences import split_sentences
 from odqa.stages import Packer
 from odqa.types import Answer, Dropped, Hit, PackedContext, Passage, Query, TokenCosts
@@ -317,9 +317,12 @@ def test_term_weights_are_inverse_document_frequencies_among_the_hits() -> None:
 
 
 def forms(*passages: Passage, rank: int = 0, **settings: int | None) -> list[str]:
+    """What is offered of a hit, in this order."""
     hits = ranked(*passages)
     trimmer = SentenceTrimmer(**settings)  # type: ignore[arg-type]
-    return [hit.passage.text for hit in trimmer.forms(hits[rank], rank, term_weights(QUESTION, hits))]
+    (scores,) = TermOverlap().scores([Cut(Found(QUESTION, hits), rank)])
+    whole = [hits[rank].passage.text] if trimmer.is_offered_whole(rank) else []
+    return list(dict.fromkeys([*whole, *(hit.passage.text for hit in trimmer.forms(hits[rank], scores))]))
 
 
 def test_offers_the_whole_passage_then_ever_fewer_of_its_best_sentences() -> None:
@@ -361,6 +364,76 @@ def test_a_passage_that_does_not_fit_whole_is_packed_with_its_best_sentences() -
     assert two.tokens == 3 + 13 == two.budget
     assert one.hits[0].passage.text == "People who love it visit."
     assert pack(8, ROME, trim=SentenceTrimmer(2)).dropped[0].passage_id == "rome"
+
+
+class Model:
+    """Scores a sentence by its letters h, and remembers what it was asked in each call."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[tuple[str, Passage]]] = []
+
+    def score_pairs(self, pairs: Sequence[tuple[Query, Passage]]) -> list[float]:
+        self.calls.append([(query.id, passage) for query, passage in pairs])
+        return [float(passage.text.count("h")) for _, passage in pairs]
+
+
+def test_a_model_chooses_the_sentences_and_is_shown_each_under_the_title_of_its_passage() -> None:
+    # h: "Rome is old." 0, "The bridge was built ..." 1, "It has two arches." 2, "People who love it visit." 1.
+    rome, model = Passage("rome", ROME.text, "City"), Model()
+    context = pack(3 + 2 + 5, rome, trim=SentenceTrimmer(1, scorer=ModelScores(model)))
+    assert context.hits[0].passage == Passage("rome", "It has two arches.", "City")
+    assert model.calls == [[("q", Passage("rome", sentence, "City")) for sentence in split_sentences(ROME.text)]]
+    # The question's terms choose another one.
+    assert pack(3 + 2 + 5, rome, trim=SentenceTrimmer(1)).hits[0].passage.text == "People who love it visit."
+
+
+def test_a_model_is_asked_once_a_round_and_only_for_passages_that_have_to_be_cut() -> None:
+    # Question 3, whole 1 + 18. The first query packs ROME whole, and nothing more has room; the second has to cut it
+    # and still has room for a sentence of another one; the third has no hits at all.
+    model = Model()
+    packer = GreedyPacker(WordReader(), 24, trim=SentenceTrimmer(1, scorer=ModelScores(model)))
+    other = Passage("other", "One two four. " + "Four five six seven eight nine ten eleven twelve. " * 3)
+    queries = [
+        Query("fits", "who built it"),
+        Query("cut", "who built it then and there"),
+        Query("none", "who built it"),
+    ]
+    contexts = packer.pack(queries, [ranked(ROME), ranked(ROME, other), []])
+    assert [[hit.passage.text for hit in context.hits] for context in contexts] == [
+        [ROME.text],
+        ["It has two arches.", "Four five six seven eight nine ten eleven twelve."],
+        [],
+    ]
+    assert [[name for name, _ in call] for call in model.calls] == [["cut"] * 4, ["cut"] * 4]
+
+
+def test_behind_its_depth_a_model_is_not_asked_and_terms_choose() -> None:
+    # Two passages of 1 + 18, room for neither: of the first the model chooses, of the second the question's terms.
+    model = Model()
+    trim = SentenceTrimmer(1, scorer=ModelScores(model, depth=1))
+    context = pack(3 + 5 + 6, ROME, Passage("again", f"{ROME.text} Rome!"), trim=trim)
+    assert [hit.passage.text for hit in context.hits] == ["It has two arches.", "People who love it visit."]
+    assert len(model.calls) == 1 and {passage.id for _, passage in model.calls[0]} == {"rome"}
+    with pytest.raises(ValueError, match="depth is 0"):
+        ModelScores(model, depth=0)
+
+
+def test_the_sentences_of_several_queries_are_scored_together() -> None:
+    model = Model()
+    packer = GreedyPacker(WordReader(), 15, trim=SentenceTrimmer(1, scorer=ModelScores(model)))
+    queries = [Query(name, "who built it") for name in "abc"]
+    together = packer.pack(queries, [ranked(ROME)] * 3)
+    assert len(model.calls) == 1 and len(model.calls[0]) == 12
+    apart = [packer.pack([query], [ranked(ROME)])[0] for query in queries]
+    assert together == apart
+
+
+def test_what_has_no_shorter_form_is_not_scored() -> None:
+    model = Model()
+    packer = GreedyPacker(WordReader(), 10, trim=SentenceTrimmer(3, scorer=ModelScores(model)))
+    (context,) = packer.pack([QUESTION], [ranked(passage("a", 20))])
+    assert model.calls == []
+    assert context.dropped == (Dropped("a", "does not fit", 21),)
 
 
 def test_no_answer_is_found_across_a_gap() -> None:

@@ -96,6 +96,23 @@ def test_the_hash_depends_on_settings_not_on_how_they_are_written(write: Write) 
     assert load_recipe(write(PIPELINE), changes=["k=99"]).hash != plain
 
 
+def test_a_recipe_that_trims_by_terms_has_the_hash_that_it_had_before_there_was_a_choice(write: Write) -> None:
+    trimmed = load_recipe(write(PIPELINE + "packer: {trim: {by: terms}}\n"))
+    assert trimmed.resolved["packer"]["trim"] == {"sentences": 3, "around": 0, "whole": None}
+    changes = ["packer.trim.by=reranker", "reranker={kind: cross-encoder, model: m}"]
+    found = load_recipe(trimmed.path, changes=changes).resolved["packer"]["trim"]
+    assert (found["by"], found["depth"]) == ("reranker", 4)
+
+
+def test_sentences_are_scored_by_the_last_stage_of_a_cascade_which_must_read(write: Write) -> None:
+    path = write(PIPELINE + "packer: {trim: {by: reranker}}\n")
+    cross, scores = "{kind: cross-encoder, model: m, depth: 5}", "{kind: scores, run: r"
+    assert load_recipe(path, changes=[f"reranker={{kind: cascade, stages: [{scores}}}, {cross}]}}"])
+    for wrong in (f"{scores}}}", f"{{kind: cascade, stages: [{cross}, {scores}, depth: 2}}]}}"):
+        (told,) = mistakes(path, f"reranker={wrong}")
+        assert told.startswith("packer.trim.by is reranker, but a re-ranker of kind scores reads no sentences.")
+
+
 def test_a_shipped_recipe_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_recipe("pipelines/nq-mini.yaml").is_file()
@@ -147,6 +164,14 @@ k: many
         ("index=null", "a hybrid retriever needs an index. Name one under index."),
         ("packer.windows=2", "packer.windows is 2, but this reader sees every passage apart. Set windows: 1."),
         ("retriever.weights=[1]", "retriever.weights.1 is missing."),
+        (
+            "packer.trim={by: reranker}",
+            "packer.trim.by is reranker, but there is no re-ranker. Set by: terms, or name one that reads.",
+        ),
+        (
+            "packer.trim={depth: 5}",
+            "packer.trim: depth says whose sentences the re-ranker scores. Set by: reranker, or remove depth.",
+        ),
         (
             "reranker={kind: cross}",
             "reranker.kind is 'cross'; expected one of cross-encoder, question-likelihood, scores, cascade.",
