@@ -96,6 +96,9 @@ def index(
     strict: Annotated[
         bool, typer.Option("--strict", help="A damaged dump is an error, not a partial collection.")
     ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="How many processes read a dump [one a core]. The index is the same.")
+    ] = None,
     data: Data = None,
     artifacts: Artifacts = None,
     changes: Set = None,
@@ -109,7 +112,9 @@ def index(
     from odqa.recipes import load_recipe
 
     loaded = load_recipe(recipe, "index", changes=changes or ())
-    built = jobs.build_index(loaded, places=_places(data, artifacts), dump=dump, out=out, strict=strict, log=_log)
+    built = jobs.build_index(
+        loaded, places=_places(data, artifacts), dump=dump, out=out, strict=strict, processes=processes, log=_log
+    )
     if as_json:
         _print_json({"path": str(built.path), "passages": len(built.store), "manifest": dict(built.artifact.manifest)})
     else:

@@ -38,6 +38,10 @@ class Arguments:
         while (key := str(len(self.positional) + 1)) in self._values:
             self.positional.append(self._values[key])
 
+    def named(self) -> list[tuple[str, str]]:
+        """The named arguments in their order, names in lower case."""
+        return [(name, value) for name, value in self._values.items() if not name.isdigit()]
+
     def get(self, *names: str) -> str:
         """Return the first non-empty value among `names`, or "" (an absent and an empty argument look the same)."""
         for name in names:
@@ -62,14 +66,17 @@ def _split_outside_links(source: str) -> list[str]:
 Rule = Callable[[Arguments], str]
 
 
-def render(body: str) -> str:
+def render(body: str, *, keep_infoboxes: bool = False) -> str:
     """Say the words of one template, given what stands between its braces; "" when it carries none.
 
     Templates inside the arguments must have been rendered before. Links and quote marks in the arguments stay.
+    `keep_infoboxes`: a box of facts says a line a fact, "Birth date: 12 March 1950."; see `_infobox`.
     """
     name, pipe, rest = body.partition("|")
     name = name.strip().lower()
     rule = _RULES.get(name)
+    if rule is None and keep_infoboxes and _INFOBOX.match(name.replace("_", " ")):
+        return _infobox(Arguments(rest))
     if rule is None:
         if "_" in name:
             rule = _RULES.get(name.replace("_", " "))
@@ -284,6 +291,47 @@ def _items(arguments: Arguments) -> str:
 def _columns(arguments: Arguments) -> str:
     """`{{columns|col1=...|col2=...}}`: the columns one after the other."""
     return "\n".join(filter(None, (arguments.get(f"col{number}") for number in range(1, 10)))) + "\n"
+
+
+# Boxes of facts, by how their names begin: English, and the words that some thirty Wikipedias have for them.
+_INFOBOX = re.compile(
+    r"infobox|infoboks|infoskaste|geobox|taxobox|(?:automatic |auto)taxobox|automatic taxobox|speciesbox|chembox|drugbox"
+    r"|starbox|ficha de|info/|infocaseta|infotaula|infokast|infokvir|infoкутия|карточка|картка|bilgi kutusu"
+)
+# What describes the box and its pictures rather than the subject.
+_BESIDE_FACTS = re.compile(
+    r"image|img|photo|pic(?:ture)?(?![a-z])|caption|alt(?![a-z])|logo|flag|map|coa(?![a-z])|seal|signature|icon|banner"
+    r"|cover|width|size$|colou?r|bg|style|class$|align|coor|lat[dms]?$|lon[gdms]*$|lat[-_ ]|long?[-_ ]|foot ?note|ref"
+    r"|pushpin|url|web ?site|homepage|hide|show|audio|sound|dim(?![a-z])|region code|iso code|border|above$|below$"
+)
+_ROWS = re.compile(r"\s*(?:\n[*#:;\s]*|<br[^<>]*>)\s*", re.IGNORECASE)
+_FILE = re.compile(r"\.(?:jpe?g|png|gif|svg|tiff?|og[gv]|webm|pdf)\b", re.IGNORECASE)
+
+
+def _infobox(arguments: Arguments) -> str:
+    """A line a fact: its key as words, a colon, its value on one line with a full stop; rows are set off by commas.
+
+    Left out: empty and fixed values (yes, no), pictures and what describes them, colours, sizes, coordinates, maps,
+    addresses, references, tables. Keys lose their underscores and a number behind them ("leader_name1").
+    """
+    lines = []
+    for key, value in arguments.named():
+        words = key.replace("_", " ").replace("-", " ").strip()
+        if re.fullmatch(r"(?:module|embed|child|misc)\d*", key):  # a box in the box has said its lines
+            lines.append(value)
+            continue
+        said = ", ".join(part for part in _ROWS.split(value.strip("*#:; \n")) if part.strip())
+        is_fact = any(character.isalnum() for character in said) and said.lower() not in ("yes", "no", "y", "n")
+        if not is_fact or "{|" in value or _FILE.search(said) or any(_BESIDE_FACTS.match(words[at:]) for at in _starts(words)):
+            continue
+        label = words.rstrip("0123456789 ") or words
+        lines.append(f"{label[:1].upper()}{label[1:]}: {said.rstrip(' .;,')}.")
+    return "\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _starts(words: str) -> list[int]:
+    """Where the words of a key begin."""
+    return [0, *(at + 1 for at, character in enumerate(words) if character == " ")]
 
 
 _ACCIDENTALS = {"sharp": "♯", "flat": "♭", "natural": "♮", "#": "♯", "b": "♭"}

@@ -130,7 +130,7 @@ def test_quote_marks_go_and_apostrophes_stay(wikitext: str, expected: str) -> No
 def test_list_items_become_sentences_and_headings_go() -> None:
     wikitext = "Intro.\n== Title ==\n* one\n** two!\n# [[three]]\n; Term : meaning\n: indented\n----\n*\n"
     assert clean(wikitext) == "Intro.\none.\ntwo!\nthree.\nTerm: meaning.\nindented"
-    assert clean("== Title ==\ntext", keep_headings=True) == "Title\ntext"
+    assert clean("== Title ==\ntext", keep_headings=True) == "Title.\ntext"
 
 
 def test_tables_go_with_the_tables_inside_them() -> None:
