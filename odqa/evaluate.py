@@ -174,7 +174,7 @@ def judge(trace: Trace, gold: Gold, text_of: TextOf, *, matcher: Matcher = "stri
         prediction=trace.answer.text,
         outcome=_outcome(trace, finder, right, in_context),
         em=right[-1],
-        f1=f1(trace.answer.text, gold.answers) if matcher == "string" else None,
+        f1=f1(trace.answer.text, gold.answers, matcher) if matcher != "regex" else None,
         retrieve_rank=finder.rank(retrieved.ids) if retrieved else None,
         rerank_rank=finder.rank(reranked.ids) if reranked else None,
         final_rank=finder.rank(final.ids) if final else None,
@@ -459,8 +459,8 @@ def evaluate_rankings(
     if is_read:
         answered = [(result.prediction or "", by_id[result.id].answers) for result in judged]
         values[Metric("em")] = [100.0 * exact_match(text, answers, matcher) for text, answers in answered]
-        if matcher == "string":
-            values[Metric("f1")] = [100.0 * f1(text, answers) for text, answers in answered]
+        if matcher != "regex":
+            values[Metric("f1")] = [100.0 * f1(text, answers, matcher) for text, answers in answered]
     for k in (k for k in depths if k <= depth):
         values[Metric("recall", k)] = [_within(result.rank, k) for result in judged if by_id[result.id].answers]
     scores = []
@@ -532,7 +532,7 @@ def _check_same_questions(judged: set[str], strangers: Sequence[str], by_id: Map
 def _matcher_name(metric: Metric, matcher: Matcher) -> str:
     """Who compared with the gold answers."""
     if metric.name in ("em", "f1"):
-        return "SQuAD normalisation" if matcher == "string" else "DrQA regex"
+        return {"string": "SQuAD normalisation", "regex": "DrQA regex", "characters": "characters"}[matcher]
     return "" if metric.name == "tokens" else f"has_answer {matcher}"
 
 

@@ -196,11 +196,14 @@ def _encoder_weights(settings: "EncoderSettings") -> dict[str, str]:
 def _bm25_settings(settings: config.Bm25 | None) -> Any:
     if settings is None:
         return None
-    from odqa.retrieve.bm25 import ENGLISH_STOP_WORDS, Analyzer, Bm25Settings
+    from odqa.retrieve.bm25 import CHARACTERS, ENGLISH_STOP_WORDS, Analyzer, Bm25Settings
 
-    words = settings.analyzer.stop_words
-    stop_words = {"english": ENGLISH_STOP_WORDS, "none": ()}[words] if isinstance(words, str) else words
-    analyzer = Analyzer(**{**settings.analyzer.model_dump(), "stop_words": tuple(stop_words)})
+    words, pattern = settings.analyzer.stop_words, settings.analyzer.token_pattern
+    changes = {
+        "stop_words": tuple({"english": ENGLISH_STOP_WORDS, "none": ()}[words] if isinstance(words, str) else words),
+        "token_pattern": CHARACTERS if pattern == "characters" else pattern,
+    }
+    analyzer = Analyzer(**{**settings.analyzer.model_dump(), **changes})
     return Bm25Settings(**settings.model_dump(exclude={"analyzer"}), analyzer=analyzer)
 
 

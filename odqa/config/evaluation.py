@@ -44,7 +44,11 @@ class QuestionSet(Settings):
     hub: str | None = Field(None, description="a name of the hub or a local folder; needs the extra datasets")
     split: str
     limit: int | None = Field(None, ge=1, description="only so many questions, the first ones")
-    matcher: Literal["string", "regex"] = "string"
+    matcher: Literal["string", "regex", "characters"] = Field(
+        "string",
+        description="who compares: string (SQuAD and DPR), regex (answers are patterns), characters (Chinese, Japanese,"
+        " Thai and other scripts without blanks)",
+    )
     expected: dict[str, dict[str, Expected]] = Field({}, description="by the name of a pipeline recipe, then by metric")
 
     @field_validator("expected")

@@ -63,7 +63,11 @@ class AnalyzerSettings(Settings):
     lowercase: bool = True
     stop_words: Literal["english", "none"] | tuple[str, ...] = "english"
     stemmer: str | None = Field(None, description="a Snowball algorithm such as english (extra: stemmer)")
-    token_pattern: str = r"(?u)\b\w\w+\b"
+    token_pattern: str = Field(
+        r"(?u)\b\w\w+\b",
+        description="a regular expression without groups, or the word characters: words where there are blanks, and"
+        " each character of Chinese, Japanese, Thai and other scripts without",
+    )
 
 
 class Bm25(Settings):
