@@ -143,6 +143,8 @@ def _convert(arguments: Arguments) -> str:
     values = arguments.positional
     if not values:
         return ""
+    if arguments.get("comma") not in ("off", "gaps"):
+        values = [_with_commas(value) for value in values]
     # 1. The number, or the range: number, word, number, ...
     said, at = values[0], 1
     while at + 1 < len(values) and (word := _RANGE_WORDS.get(values[at].lower())):
@@ -157,6 +159,15 @@ def _convert(arguments: Arguments) -> str:
         said += " " + values[at]
         at += 1
     return said
+
+
+_LARGE_NUMBER = re.compile(r"([-−–+]?)(\d{4,})(\.\d+)?")
+
+
+def _with_commas(value: str) -> str:
+    """`2381741` as the page shows it, "2,381,741"; what is no plain number stays."""
+    number = _LARGE_NUMBER.fullmatch(value)
+    return value if number is None else f"{number[1]}{int(number[2]):,}{number[3] or ''}"
 
 
 def _unit(code: str) -> str:
@@ -258,6 +269,18 @@ def _date(arguments: Arguments) -> str:
     if len(values) < 2 or not values[0].isdigit():
         return values[0] if values else ""
     return " ".join([*(day.lstrip("0") for day in values[2:3]), _month(values[1]), values[0]])
+
+
+def _old_style_date(arguments: Arguments) -> str:
+    """`{{OldStyleDate|February 2|1905|January 20}}` says "February 2 [O.S. January 20] 1905"."""
+    new, year, old = (*arguments.positional, "", "", "")[:3]
+    return " ".join(part for part in (new, f"[O.S. {old}]" if old else "", year) if part)
+
+
+def _old_style_date_and_year(arguments: Arguments) -> str:
+    """`{{OldStyleDateDY|7 January|1634|28 December 1633}}` says "7 January 1634 [O.S. 28 December 1633]"."""
+    new, year, old = (*arguments.positional, "", "", "")[:3]
+    return " ".join(part for part in (new, year, f"[O.S. {old}]" if old else "") if part)
 
 
 def _as_of(arguments: Arguments) -> str:
@@ -407,7 +430,8 @@ _RULES: dict[str, Rule] = _table(
     ("reign, r.", _joined("–", before="r. ")),
     ("born, b., born-in", _argument("1", before="b. ")),
     ("died, d.", _argument("1", before="d. ")),
-    ("oldstyledate, old style date, oldstyledatedy", _argument("1")),
+    ("oldstyledate, old style date", _old_style_date),
+    ("oldstyledatedy", _old_style_date_and_year),
     ("year, by, fy, baseball year", _argument("1")),
     # Names and links.
     ("flag, flagu, flagcountry, flag+link, flagathlete", _argument("1")),

@@ -395,7 +395,8 @@ _OPENING_HOLE = re.compile(r"\([ ,;:]*[,;][ ,;]*")  # "(; born", "(, "; a lone "
 _CLOSING_HOLE = re.compile(r"(?<![\s,;:])[ ,;:]+\)")  # " )", ", )"; the look behind keeps long runs linear
 # After a blank only, since "main()" is a name; and one pair inside another, as in "((; ))".
 _EMPTY_PARENTHESES = re.compile(r" \((?:[ ,;:./–—-]|\([ ,;:./–—-]*\))*\)")
-_SPACED_STOP = re.compile(r" \.(?=\s|\Z)")  # not the " .5" of numbers
+# Not the " .5" of numbers, nor a dot of ". . .". After a comma or a stop that a blank followed, the later stop stays.
+_SPACED_STOP = re.compile(r"(?:(?<=[^\s.,A-Z])[.,])? \.(?! ?\.)(?<! \. \.)(?=\s|\Z)")
 _REPEATED_COMMA = re.compile(r",(?:\s*,)+")
 
 
