@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import typer
 
@@ -52,7 +52,7 @@ def main(
     sys.stderr.write(f"{out}.xml.bz2: {count:,} pages, {size / 1e6:.1f} MB of XML, {packed / 1e6:.1f} MB packed\n")
 
 
-def write_stream(file: "typer.FileBinaryWrite", xml: bytes) -> int:
+def write_stream(file: BinaryIO, xml: bytes) -> int:
     """Write one bz2 stream; how many bytes of XML it holds."""
     file.write(bz2.compress(xml))
     return len(xml)

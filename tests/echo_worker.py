@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from odqa.errors import DataError
 
 def echo(setup: Any) -> Callable[[Any, bytes], Any]:
     def call(task: Any, payload: bytes) -> Any:
-        print("noise on stdout")
+        sys.stdout.write("noise\n")
         if task == "bad data":
             raise DataError("one line")
         if task == "die":

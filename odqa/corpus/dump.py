@@ -11,13 +11,13 @@ reads that part again and drops the passages that are known; only a bz2 file of 
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from odqa.corpus.mediawiki import DumpReport, Found, PageOptions, Reading, Site, find_page
 from odqa.corpus.split import Cut
-from odqa.corpus.streams import LARGEST_PAGE, Cutter, Loss, Part, cut_part, index_beside, parts_of
+from odqa.corpus.streams import LARGEST_PAGE, Loss, Part, cut_part, index_beside, parts_of
 from odqa.corpus.wikitext import Namespaces
 from odqa.types import Passage
 
@@ -26,8 +26,8 @@ from odqa.types import Passage
 class DumpSettings:
     """How a dump becomes passages. `index`: where streams begin (None: the file beside the dump, if there is one)."""
 
-    pages: PageOptions = PageOptions()
-    cut: Cut = Cut()
+    pages: PageOptions = field(default_factory=PageOptions)
+    cut: Cut = field(default_factory=Cut)
     is_strict: bool = False
     index: Path | None = None
     #: Look for an index beside the dump.
@@ -237,4 +237,7 @@ def _to_json(found: Found | Loss, cut: Cut) -> list[Any]:
 
 def _from_json(row: list[Any]) -> Any:
     """A Found, or a Loss (the shorter rows)."""
-    return Loss(*row) if len(row) == 2 else Found(*row[:-1], passages=tuple(row[-1]))
+    if len(row) == 2:
+        return Loss(*row)
+    namespace, fate, page_id, title, text, passages = row
+    return Found(namespace, fate, page_id, title, text, tuple(passages))

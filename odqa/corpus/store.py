@@ -50,9 +50,9 @@ def save_store(
 ) -> None:
     """Write `passages` into the store folder `name` of `draft`, one numbered part after the other.
 
-    A part that an earlier try finished is kept. A source that is `Resumable` goes on behind it; of another, its passages
-    are drawn and dropped: the source must give the same passages in the same order each time. The marks of a resumable
-    source lie in `name`.marks, which is scratch. Raises DataError if there are no passages or an id stands twice.
+    A part that an earlier try finished is kept. A source that is `Resumable` goes on behind it; another is drawn from
+    its start and what is known dropped: it must give the same passages in the same order each time. The marks of a
+    resumable source lie in `name`.marks, which is scratch. Raises DataError for no passages or an id that stands twice.
     """
     if draft.has(f"{name}/{_META}"):
         return

@@ -316,10 +316,10 @@ def _columns(arguments: Arguments) -> str:
     return "\n".join(filter(None, (arguments.get(f"col{number}") for number in range(1, 10)))) + "\n"
 
 
-# Boxes of facts, by how their names begin: English, and the words that some thirty Wikipedias have for them.
+# Boxes of facts, by how their names begin: English, and what a dozen other Wikipedias call them.
 _INFOBOX = re.compile(
-    r"infobox|infoboks|infoskaste|geobox|taxobox|(?:automatic |auto)taxobox|automatic taxobox|speciesbox|chembox|drugbox"
-    r"|starbox|ficha de|info/|infocaseta|infotaula|infokast|infokvir|infoкутия|карточка|картка|bilgi kutusu"
+    r"infobox|infoboks|infoskaste|geobox|taxobox|automatic taxobox|autotaxobox|speciesbox|chembox|drugbox|starbox"
+    r"|ficha de|info/|infocaseta|infotaula|infokast|infokvir|инфокутия|карточка|картка|bilgi kutusu"
 )
 # What describes the box and its pictures rather than the subject.
 _BESIDE_FACTS = re.compile(
@@ -345,7 +345,12 @@ def _infobox(arguments: Arguments) -> str:
             continue
         said = ", ".join(part for part in _ROWS.split(value.strip("*#:; \n")) if part.strip())
         is_fact = any(character.isalnum() for character in said) and said.lower() not in ("yes", "no", "y", "n")
-        if not is_fact or "{|" in value or _FILE.search(said) or any(_BESIDE_FACTS.match(words[at:]) for at in _starts(words)):
+        if (
+            not is_fact
+            or "{|" in value
+            or _FILE.search(said)
+            or any(_BESIDE_FACTS.match(words[at:]) for at in _starts(words))
+        ):
             continue
         label = words.rstrip("0123456789 ") or words
         lines.append(f"{label[:1].upper()}{label[1:]}: {said.rstrip(' .;,')}.")

@@ -69,9 +69,7 @@ class _Worker:
     def __init__(self, target: str, setup: Any) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-m", "odqa.corpus.workers", target]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-        )
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self.call(setup, b"")
 
     def call(self, task: Any, payload: bytes) -> Any:
@@ -83,8 +81,8 @@ class _Worker:
             code = self._process.wait()
             how = f"killed by signal {-code}" if code < 0 else f"ended with {code}"
             raise DataError(
-                f"a process that reads the dump was {how} (out of memory?). Run the same command again: it goes on where"
-                " it stood. Fewer processes need less memory (passages.processes, --processes)."
+                f"a process that reads the dump was {how} (out of memory?). Run the same command again: it goes on"
+                " where it stood. Fewer processes need less memory (passages.processes, --processes)."
             ) from None
         if "error" in reply:
             raise DataError(reply["error"])
@@ -122,6 +120,7 @@ def main() -> None:
     module, _, function = sys.argv[1].partition(":")
     make = getattr(importlib.import_module(module), function)
     call: Call | None = None
+    reply: dict[str, Any]
     while True:
         try:
             task, payload = _receive(inbox)

@@ -1,4 +1,4 @@
-"""Dumps in parts: the same passages whatever the parts, the processes, the kills and the damage; and bad index files."""
+"""Dumps in parts: the same passages whatever the parts, processes, kills and damage; and bad index files."""
 
 import bz2
 import json
@@ -149,9 +149,7 @@ def outcome(path: Path, processes: int) -> object:
 
 
 @pytest.mark.parametrize("cut", [Cut(), Cut(sentences=6, stride=3)])
-def test_two_real_processes_give_what_one_gives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: Cut
-) -> None:
+def test_two_real_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: Cut) -> None:
     monkeypatch.setattr(streams, "PART_BYTES", 200)
     path, _ = multistream(tmp_path, count=30)
     passages, report = read(path, 1, cut)
@@ -270,9 +268,7 @@ class _Dying:
         ([], "the file is empty"),
     ],
 )
-def test_an_index_that_is_not_the_dumps_is_refused_in_one_line(
-    tmp_path: Path, lines: list[str], message: str
-) -> None:
+def test_an_index_that_is_not_the_dumps_is_refused_in_one_line(tmp_path: Path, lines: list[str], message: str) -> None:
     path, begins = multistream(tmp_path)
     index = write_index(tmp_path, (line.replace("FIRST", str(begins[1])) for line in lines))
     with pytest.raises(DataError, match=message) as caught:

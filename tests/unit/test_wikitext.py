@@ -291,7 +291,10 @@ def test_hostile_repetition_takes_linear_time(piece: str) -> None:
         ("* ISBN 0-14-022697-4. {{oclc|221147531}}.", "ISBN 0-14-022697-4."),
         ("* Run Time: 52 minutes, {{OCLC|61658553}}.", "Run Time: 52 minutes."),
         # An ellipsis with blanks is one (Algorithm): its dots do not move.
-        ('Knuth: ". . .we want good algorithms . . . in some sense', 'Knuth: ". . .we want good algorithms . . . in some sense'),
+        (
+            'Knuth: ". . .we want good algorithms . . . in some sense',
+            'Knuth: ". . .we want good algorithms . . . in some sense',
+        ),
         ("as on a piano [etc] . . . With this", "as on a piano [etc] . . . With this"),
         ("by a kind, . . . and more", "by a kind, . . . and more"),
         ("at A.D. . Then", "at A.D.. Then"),  # two stops as the page has them
@@ -351,9 +354,15 @@ def test_infobox_lines_say_facts_and_not_what_the_box_looks_like() -> None:
 @pytest.mark.parametrize(
     ("wikitext", "text"),
     [
-        ("{{Taxobox|name=Aardvark|ordo=[[Tubulidentata]]|status=LC|range_map=A.png}}", "Name: Aardvark.\nOrdo: Tubulidentata.\nStatus: LC."),
+        (
+            "{{Taxobox|name=Aardvark|ordo=[[Tubulidentata]]|status=LC|range_map=A.png}}",
+            "Name: Aardvark.\nOrdo: Tubulidentata.\nStatus: LC.",
+        ),
         ("{{Infoskaste volsts|prezidents=X}}", "Prezidents: X."),
-        ("{{Infobox x|logo_a=File:A.svg|stats={{{!}}\n{{!}} a\n{{!}}}|map_caption=M|alt_name=Other|altitude=5}}", "Altitude: 5."),
+        (
+            "{{Infobox x|logo_a=File:A.svg|stats={{{!}}\n{{!}} a\n{{!}}}|map_caption=M|alt_name=Other|altitude=5}}",
+            "Altitude: 5.",
+        ),
         ("{{Infobox x|elevation_m=|yes=no}}", ""),
         ("{{Navbox|list1=[[A]]}}", ""),
     ],
