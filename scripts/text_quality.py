@@ -40,7 +40,7 @@ _QUOTE = re.compile(r"\{\{\s*(?:block|c)?quote\s*\|\s*([^{}|\[\]<>=]{30,})[|}]",
 _MARKUP = re.compile(
     r"\[\[|\]\]|\{\{|\}\}|\{\||\|\}|'''?|<ref|style=|&(?:[lg]t|amp|nbsp|quot);|<[a-z]+[^<>]*>", re.IGNORECASE
 )
-_HOLES = re.compile(r"\(\s*[,;:]|[,;:]\s*\)|\(\s*\)|\s,|,\s*,|\b(?:of|to|from|by|at|about|up to|over) (?:and|,|\.|\))")
+_HOLES = re.compile(r"\(\s*[,;:]|[,;:]\s*\)|\(\s*\)|\s,|,\s*,|\b(?:of|from|at|about) (?:,|\.|\))|\bat and the\b")
 _PLACEHOLDER = re.compile(r"\bformula_\d+|\bcodice_\d+")
 Rows = list[tuple[str, ...]]  # what, odqa, wikiextractor
 
@@ -104,7 +104,7 @@ def counted(both: list[str], ours: dict[str, str], theirs: dict[str, str]) -> Ro
     ]
     for name, pattern in (
         ("left-over markup and entities", _MARKUP),
-        ("holes where something was dropped: `(;`, `of and`, ` ,`", _HOLES),
+        ("holes where something was dropped: `(;`, `()`, ` ,`, `at and the`", _HOLES),
         ("placeholders such as formula_12", _PLACEHOLDER),
     ):
         numbers = (sum(len(pattern.findall(texts[title])) for title in both) for texts in (ours, theirs))

@@ -306,6 +306,35 @@ def _interlanguage(arguments: Arguments) -> str:
     return arguments.get("lt") or (second if second and len(first) <= 3 and first.islower() else first)
 
 
+_WIDTH = re.compile(r"\d*(?:\.\d+)?(?:em|px|%)?")
+
+
+def _list(arguments: Arguments) -> str:
+    """A list as wikitext, alone or behind the number or width of columns: `{{columns-list|2|* One}}`."""
+    first, second = (*arguments.positional, "", "")[:2]
+    found = second if _WIDTH.fullmatch(first) else first
+    return f"\n{found}\n" if found else ""
+
+
+def _coordinates(arguments: Arguments) -> str:
+    """`{{coord|30|12|N|74|7|W}}` says "30°12′N 74°7′W"; one for the title of the page (too) is not in the sentence."""
+    if "t" in arguments.get("display").replace("inline", ""):
+        return ""
+    numbers, parts = list[str](), list[str]()
+    for value in arguments.positional:
+        if value.upper() in ("N", "S", "E", "W"):
+            parts.append("".join(map("".join, zip(numbers, "°′″", strict=False))) + value.upper())
+            numbers = []
+        elif re.fullmatch(r"[-−]?\d+(?:\.\d+)?", value):
+            numbers.append(value)
+        else:
+            break
+    if not parts and len(numbers) >= 2:
+        signs = zip(numbers, ("NS", "EW"), strict=False)
+        parts = [f"{number.lstrip('-−')}°{sign[number[0] in '-−']}" for number, sign in signs]
+    return " ".join(parts)
+
+
 def _items(arguments: Arguments) -> str:
     """A list whose items are arguments: one wikitext list item each."""
     return "".join(f"\n* {value}" for value in arguments.positional if value) + "\n"
@@ -453,7 +482,8 @@ _RULES: dict[str, Rule] = _table(
     ("rms", _ship("RMS")),
     # Lists.
     ("hlist, flat list", _joined(", ")),
-    ("plainlist, flatlist, plain list, columns-list, column-list, div col list, bulletlist, collapse", _argument("1")),
+    ("plainlist, flatlist, plain list, columns-list, column-list, div col list, bulletlist, collapse", _list),
+    ("coord", _coordinates),
     ("unbulleted list, ubl, ublist, vunblist, ordered list, bulleted list, unbulleted, numbered list", _items),
     ("columns", _columns),
     # Characters.

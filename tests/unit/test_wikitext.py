@@ -49,6 +49,13 @@ def test_a_file_of_an_unknown_namespace_is_known_by_its_extension() -> None:
         ("{{convert|2381741|km2}} or {{convert|1300|to|1,500|mi}}", "2,381,741 km2 or 1,300 to 1,500 mi"),
         ("{{convert|12345.678|m}}, {{convert|−1300|ft}}, {{cvt|1/2|in}}", "12,345.678 m, −1,300 ft, 1/2 in"),
         ("{{convert|2000|km|comma=off}}", "2000 km"),
+        ("{{columns-list|2|\n* One\n* Two\n}}", "One.\nTwo."),  # the first argument may be a width
+        ("{{div col list|30em|\n* One\n}}and {{plainlist|\n* Two\n}}", "One.\nand\nTwo."),
+        (
+            "at {{coord|30|12|N|74|7|W|type:landmark}} and {{coord|43.5|-79|display=inline}}",
+            "at 30°12′N 74°7′W and 43.5°N 79°W",
+        ),
+        ("Reiga {{coord|56|N|24|E|display=title}}{{coord|56|N|24|E|display=inline,title}}{{coord|x}}", "Reiga"),
         ("{{OldStyleDate|February 2|1905|January 20}}", "February 2 [O.S. January 20] 1905"),
         ("{{OldStyleDateDY|7 January|1634|28 December 1633}}", "7 January 1634 [O.S. 28 December 1633]"),
         ("{{convert|5|km|mi|1}}", "5 km"),  # the last number is a rounding
