@@ -3,6 +3,7 @@
 import bz2
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from odqa import jobs
 from odqa.artifacts import Draft
 from odqa.corpus import dump, streams, workers
 from odqa.corpus.dump import DumpPassages, DumpSettings
@@ -253,6 +255,44 @@ class _Dying:
 
     def go_to(self, mark: Any, passages: int) -> None:
         self._passages.go_to(mark, passages)
+
+
+# ---------------------------------------------------------------- progress
+
+
+class _Bar:
+    """What a progress line was told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.total = 0
+        self.is_closed = False
+
+    def note(self, words: str) -> None:
+        self.notes.append(words)
+
+    def advance(self, count: int = 1) -> None:
+        self.total += count
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_progress_line_tells_articles_passages_speed_and_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    monkeypatch.setattr(workers, "in_order", one_process_for_all)
+    monkeypatch.setattr(streams, "PART_BYTES", 200)
+    path, begins = multistream(tmp_path, count=12)
+    bar = _Bar()
+    passages = DumpPassages(path, processes=processes, watch=jobs._show(bar))  # type: ignore[arg-type]
+    seen = [(passage.id, bar.total) for passage in passages]
+    assert seen[-1][1] in begins  # bytes of the file, by whole parts: they give the share done and the time left
+    assert bar.total == path.stat().st_size
+    assert bar.is_closed
+    assert len(bar.notes) > 3
+    assert re.fullmatch(r"12 articles, 12 passages, \d+\.\d MB/s of XML", bar.notes[-1])
 
 
 # ---------------------------------------------------------------- bad index files
