@@ -110,7 +110,8 @@ def _table(dump: Path, first: dict[str, Any], repeats: int, rows: list[dict[str,
         f"`{dump.name}`: {first['xml_bytes'] / 1e6:.0f} MB of XML, {first['articles']:,} articles, "
         f"{first['passages']:,} passages, the same ones (sha256 {first['sha256'][:12]}) in every run. Medians of "
         f"{repeats} {'run' if repeats == 1 else 'runs'} of each, in turn. Load: runnable processes on "
-        f"{os.cpu_count()} cores before each run.",
+        f"{os.cpu_count()} cores before each run; while there are "
+        "more of them than cores, the ratio of walls is theirs, not ours (more processes get more turns).",
         "",
         "| system | wall s | main CPU s | worker CPU s | MB of XML a CPU s | largest process MiB | load |"
         " speed-up, wall | speed-up on free cores |",
