@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _HELP = "Open-domain question answering on frozen language models: index a Wikipedia dump, ask, evaluate, train."
 
 _Name = TypeVar("_Name", bound=str)
-_MATCHERS: tuple[Literal["string", "regex"], ...] = ("string", "regex")
+_MATCHERS: tuple[Literal["string", "regex", "characters"], ...] = ("string", "regex", "characters")
 
 app = typer.Typer(
     name="odqa",
@@ -101,6 +101,9 @@ def index(
     strict: Annotated[
         bool, typer.Option("--strict", help="A damaged dump is an error, not a partial collection.")
     ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="How many processes read a dump [one a core]. The index is the same.")
+    ] = None,
     data: Data = None,
     artifacts: Artifacts = None,
     changes: Set = None,
@@ -114,7 +117,9 @@ def index(
     from odqa.recipes import load_recipe
 
     loaded = load_recipe(recipe, "index", changes=changes or ())
-    built = jobs.build_index(loaded, places=_places(data, artifacts), dump=dump, out=out, strict=strict, log=_log)
+    built = jobs.build_index(
+        loaded, places=_places(data, artifacts), dump=dump, out=out, strict=strict, processes=processes, log=_log
+    )
     if as_json:
         _print_json({"path": str(built.path), "passages": len(built.store), "manifest": dict(built.artifact.manifest)})
     else:
@@ -195,7 +200,7 @@ def evaluate(
         typer.Option(help="For another system's run without texts: an index recipe or folder that has its passages."),
     ] = None,
     matcher: Annotated[
-        str, typer.Option(help="For a run: string, or regex where answers are patterns (CuratedTREC).")
+        str, typer.Option(help="For a run: string; regex where answers are patterns; characters for Chinese.")
     ] = "string",
     tag: Annotated[str | None, typer.Option(help="For a TREC file that holds several runs: which one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the folder RECIPE/PIPELINE-VERSION/SET goes [runs].")] = None,
@@ -261,7 +266,7 @@ def export(
         str, typer.Option(help="For a run: whose ranking: final, retrieve, rerank or pack, of the first pass.")
     ] = "final",
     matcher: Annotated[
-        str, typer.Option(help="For a run: who decides has_answer: string, or regex (CuratedTREC).")
+        str, typer.Option(help="For a run: who decides has_answer: string, regex (CuratedTREC) or characters.")
     ] = "string",
     tag: Annotated[str | None, typer.Option(help="For trec: the name of the run [that of its folder].")] = None,
     data: Data = None,

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -49,12 +50,13 @@ from odqa.recipes import (
 from odqa.replay import Leading, Replay, find_leading, without_times
 from odqa.report import Published, Style, changed_tables, comparison_table, explain_question, join, render, stage_table
 from odqa.runs import SCORES, Run, find_run, load_run, recording, trace_to_json
-from odqa.runtime import progress
+from odqa.runtime import Progress, progress
 from odqa.stages import ChecksQueries, CountsSpending, ProvesFrozen
 from odqa.text import Matcher, token_string
 from odqa.types import Gold, Hit, Query, Trace
 
 if TYPE_CHECKING:
+    from odqa.corpus.dump import DumpPassages
     from odqa.pipeline import Pipeline
     from odqa.report.content import LookUp, Section, Source
     from odqa.retrieve.dense import EncoderSettings
@@ -90,12 +92,14 @@ def build_index(
     dump: str | None = None,
     out: Path | None = None,
     strict: bool = False,
+    processes: int | None = None,
     log: Log = _silent,
 ) -> "Index":
     """Build the index of a recipe, or open it if it is there already.
 
-    `dump` replaces the recipe's source by a MediaWiki dump. Resumes an index that was being built. Raises DataError for
-    a source that cannot be read; with `strict` also for a damaged dump, which otherwise is read as far as it goes.
+    `dump` replaces the recipe's source by a MediaWiki dump, cut as the recipe says if its own source is a dump, which
+    `processes` read (None: as the recipe says). Resumes an index that was being built. Raises DataError for a source
+    that cannot be read; with `strict` also for a damaged dump, which otherwise is read as far as it goes.
     """
     from odqa.corpus.mediawiki import DumpReport
     from odqa.retrieve import index as retrieve
@@ -104,11 +108,7 @@ def build_index(
     recipe = _recipe(recipe, "index")
     settings = recipe.settings
     assert isinstance(settings, config.IndexRecipe)
-    if dump is not None:
-        source: config.DumpPassages | config.FilePassages = config.DumpPassages(file=dump, strict=strict)
-        settings = settings.model_copy(update={"passages": source})
-    elif strict and isinstance(settings.passages, config.DumpPassages):
-        settings = settings.model_copy(update={"passages": settings.passages.model_copy(update={"strict": True})})
+    settings = settings.model_copy(update={"passages": _source(settings.passages, dump, strict, processes)})
     recipe = Recipe(recipe.path, settings)
     path = places.file(settings.passages.file)
     folder = out or places.artifacts / recipe.name
@@ -124,16 +124,17 @@ def build_index(
             log(f"{folder}: built already")
             return retrieve.load_index(folder)
     report = DumpReport()
-    index = retrieve.build_index(
-        folder,
-        read_source(settings.passages, path, report),
-        source=source_file,
-        bm25=_bm25_settings(settings.bm25),
-        encoder=encoder,
-        vectors=_vector_settings(settings.dense),
-        given=given,
-        recipe=recipe.resolved,
-    )
+    with progress("articles", path.stat().st_size, "B") as bar:
+        index = retrieve.build_index(
+            folder,
+            read_source(settings.passages, path, report, places=places, watch=_show(bar)),
+            source=source_file,
+            bm25=_bm25_settings(settings.bm25),
+            encoder=encoder,
+            vectors=_vector_settings(settings.dense),
+            given=given,
+            recipe=recipe.resolved,
+        )
     if report.pages:
         log(
             f"{report.pages:,} pages: {report.articles:,} articles, {report.redirects:,} redirects, "
@@ -144,6 +145,36 @@ def build_index(
         log(f"warning: {report.lost}")
     log(f"{folder}: {len(index.store):,} passages in {index.artifact.manifest['measured']['seconds']:.1f} s")
     return index
+
+
+def _source(
+    source: "config.DumpPassages | config.FilePassages", dump: str | None, strict: bool, processes: int | None
+) -> "config.DumpPassages | config.FilePassages":
+    """The source of a recipe, with what the command line says of it."""
+    changes: dict[str, Any] = {"strict": True} if strict else {}
+    if processes is not None:
+        changes["processes"] = processes
+    if dump is not None:
+        changes["file"] = dump
+        source = source if isinstance(source, config.DumpPassages) else config.DumpPassages(file=dump)
+    return source.model_copy(update=changes) if isinstance(source, config.DumpPassages) else source
+
+
+def _show(bar: Progress) -> "Callable[[DumpPassages], None]":
+    """Put the state of a dump that is being read on a progress line: it counts bytes of the file, which give the time
+    left, and tells articles, passages, and megabytes of XML a second of this try."""
+    started, known = time.monotonic(), 0
+
+    def show(dump: "DumpPassages") -> None:
+        nonlocal known
+        megabytes = (dump.report.bytes_read - dump.earlier_bytes) / 1e6 / max(1e-3, time.monotonic() - started)
+        bar.note(f"{dump.report.articles:,} articles, {dump.passages:,} passages, {megabytes:.1f} MB/s of XML")
+        bar.advance(dump.position - known)
+        known = dump.position
+        if known == dump.path.stat().st_size:
+            bar.close()  # the steps that follow have lines of their own
+
+    return show
 
 
 def finished_artifact(folder: Path, kind: str, recipe: Recipe, log: Log) -> Artifact | None:
@@ -171,11 +202,14 @@ def _encoder_weights(settings: "EncoderSettings") -> dict[str, str]:
 def _bm25_settings(settings: config.Bm25 | None) -> Any:
     if settings is None:
         return None
-    from odqa.retrieve.bm25 import ENGLISH_STOP_WORDS, Analyzer, Bm25Settings
+    from odqa.retrieve.bm25 import CHARACTERS, ENGLISH_STOP_WORDS, Analyzer, Bm25Settings
 
-    words = settings.analyzer.stop_words
-    stop_words = {"english": ENGLISH_STOP_WORDS, "none": ()}[words] if isinstance(words, str) else words
-    analyzer = Analyzer(**{**settings.analyzer.model_dump(), "stop_words": tuple(stop_words)})
+    words, pattern = settings.analyzer.stop_words, settings.analyzer.token_pattern
+    changes = {
+        "stop_words": tuple({"english": ENGLISH_STOP_WORDS, "none": ()}[words] if isinstance(words, str) else words),
+        "token_pattern": CHARACTERS if pattern == "characters" else pattern,
+    }
+    analyzer = Analyzer(**{**settings.analyzer.model_dump(), **changes})
     return Bm25Settings(**settings.model_dump(exclude={"analyzer"}), analyzer=analyzer)
 
 
@@ -914,7 +948,7 @@ def report(
         raise DataError(f"{out}: a report is written as .html or .md. Name the file so.")
     runs = [run for path in paths for run in _runs_in(path)]
     with progress("report", len(runs), "runs") as bar:
-        sources = [_source(name, run, places) for name, run in zip(_run_names(runs), runs, strict=True)]
+        sources = [_reported(name, run, places) for name, run in zip(_run_names(runs), runs, strict=True)]
         sections = gather(sources, sample=sample, seed=seed, advance=bar.advance)
     render_file = render_page if out.suffix == ".html" else render_paper
     save_file(out, render_file(sections, title=" and ".join(path.resolve().name for path in paths)))
@@ -948,7 +982,7 @@ def _run_names(runs: Sequence[Run]) -> list[str]:
     return [str(run.path) for run in runs]
 
 
-def _source(name: str, run: Run, places: Places) -> "Source":
+def _reported(name: str, run: Run, places: Places) -> "Source":
     from odqa.report.content import Source
 
     inputs = run.manifest["inputs"]

@@ -25,6 +25,8 @@ from odqa.errors import ArtifactError, DataError, RecipeError
 from odqa.runtime import Recent
 
 if TYPE_CHECKING:
+    from odqa.corpus.dump import DumpPassages
+    from odqa.corpus.mediawiki import DumpReport
     from odqa.pack.trim import SentenceTrimmer
     from odqa.pipeline import Pipeline
     from odqa.read.prompts import ChooseDemonstrations, Demonstration
@@ -573,26 +575,35 @@ def build_demonstrations(
 
 
 def read_source(
-    settings: config.DumpPassages | config.FilePassages, path: Path, report: Any = None
+    settings: config.DumpPassages | config.FilePassages,
+    path: Path,
+    report: "DumpReport | None" = None,
+    *,
+    places: Places | None = None,
+    watch: "Callable[[DumpPassages], object] | None" = None,
 ) -> "Iterator[Passage]":
-    """The passages of a source in order; of a dump, article by article, with ids counted from 1."""
+    """The passages of a source in order; of a dump, article by article, with ids counted from 1.
+
+    `watch` is called from time to time while a dump is read.
+    """
     if isinstance(settings, config.FilePassages):
         from odqa.corpus.io import read_passages
 
-        yield from read_passages(path)
-        return
-    from odqa.corpus.mediawiki import read_articles
-    from odqa.corpus.split import split_article
-    from odqa.types import Passage
+        return read_passages(path)
+    from odqa.corpus.dump import DumpPassages, DumpSettings
+    from odqa.corpus.mediawiki import PageOptions
+    from odqa.corpus.split import Cut
 
-    number = 0
-    articles = read_articles(
-        path, skip_disambiguation=settings.skip_disambiguation, strict=settings.strict, report=report
+    window = settings.window
+    names_index = settings.index not in (None, "none")
+    dump = DumpSettings(
+        PageOptions(settings.skip_disambiguation, settings.headings, settings.infoboxes),
+        Cut(settings.words) if window is None else Cut(sentences=window.sentences, stride=window.stride),
+        is_strict=settings.strict,
+        index=(places or Places.from_environment()).file(str(settings.index)) if names_index else None,
+        finds_index=settings.index is None,
     )
-    for article in articles:
-        for text in split_article(article.text, words=settings.words):
-            number += 1
-            yield Passage(str(number), text, article.title)
+    return DumpPassages(path, dump, processes=settings.processes, report=report, watch=watch)
 
 
 def check_index_recipe(found: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:

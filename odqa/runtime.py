@@ -154,7 +154,10 @@ def progress(label: str, total: int | None, unit: str = "") -> Iterator["Progres
 
 
 class Progress:
-    """Counts `advance`d units and shows rate and time left, once the job has lasted two seconds."""
+    """Counts `advance`d units and shows rate and time left, once the job has lasted two seconds.
+
+    Bytes (the unit "B") are shown in k, M and G.
+    """
 
     def __init__(self, label: str, total: int | None, unit: str = "") -> None:
         self._bar = None
@@ -163,8 +166,9 @@ class Progress:
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=total, desc=label, unit=f" {unit}" if unit else "", delay=2, file=sys.stderr, leave=False
-            )
+                total=total, desc=label, unit=f" {unit}" if unit else "", unit_scale=unit == "B", delay=2,
+                file=sys.stderr, leave=False,
+            )  # fmt: skip
 
     def advance(self, count: int = 1) -> None:
         if self._bar is not None:
@@ -175,6 +179,11 @@ class Progress:
         for item in items:
             yield item
             self.advance()
+
+    def note(self, words: str) -> None:
+        """Show further words behind the count, from the next `advance` on."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(words, refresh=False)
 
     def close(self) -> None:
         if self._bar is not None:

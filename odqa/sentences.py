@@ -6,12 +6,18 @@ Senate" against "the U.S. Senate"). The word lists are our choice, made on Wikip
 of abbreviation, are those of Kiss & Strunk 2006 (Punkt), which learns its lists instead.
 
 Limits: a sentence that begins with a lower-case letter ("iPod sales fell.") stays with the one before; line ends count
-as blanks; scripts that put no blank between sentences are one sentence.
+as blanks; by default, scripts that put no blank between sentences are one sentence.
+
+For those scripts there are two further rules, on request (`scripts="any"`). The marks of Chinese and Japanese, and
+those of India, Burma and Cambodia, end a sentence whatever follows, with the brackets that close behind them. Thai and
+Lao have no such mark, and set off sentences and longer clauses by a blank: there, a blank between two letters of these
+scripts ends a sentence, if what it ends has at least 20 letters (ours: shorter ones are names and numbers).
 
 The invariant: the spans are in order, do not overlap, and leave nothing but blanks out.
 """
 
 import re
+from typing import Literal
 
 # The mark itself, then what closes with it: quotation marks, brackets, footnotes such as [12] or [citation needed].
 _END = re.compile(r"[.!?…]+(?:[\"'”’»)\]}]|\[[^\[\]]{1,30}\])*(?=\s)")
@@ -41,8 +47,37 @@ _BEGINNINGS = _words(
 )
 
 
-def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """Start and end of each sentence, in characters: `text[start:end]` has no blanks around it. Blank text: none."""
+_FULL_WIDTH_END = re.compile(r"[。！？｡։।॥။។]+[」』）】〉》”’\"')\]]*")
+_UNMARKED_END = re.compile(r"(?<=[\u0e00-\u0eff])\s+(?=[\u0e00-\u0eff])")
+_SHORTEST_UNMARKED = 20  # letters
+
+
+def sentence_spans(text: str, *, scripts: Literal["spaced", "any"] = "spaced") -> list[tuple[int, int]]:
+    """Start and end of each sentence, in characters: `text[start:end]` has no blanks around it. Blank text: none.
+
+    `scripts`: whether the rules for scripts without blanks between sentences apply as well.
+    """
+    spans = _spaced_spans(text)
+    if scripts == "spaced" or text.isascii():
+        return spans
+    return [part for start, end in spans for part in _cut_unspaced(text, start, end)]
+
+
+def _cut_unspaced(text: str, start: int, end: int) -> list[tuple[int, int]]:
+    """Cut a span further, where scripts without blanks end sentences."""
+    ends = sorted(
+        [(mark.end(), mark.end(), 0) for mark in _FULL_WIDTH_END.finditer(text, start, end)]
+        + [(mark.start(), mark.end(), _SHORTEST_UNMARKED) for mark in _UNMARKED_END.finditer(text, start, end)]
+    )
+    spans = []
+    for stop, following, shortest in ends:
+        if stop - start >= max(1, shortest):
+            spans.append((start, stop))
+            start = _skip_blanks(text, following)
+    return [*spans, (start, end)] if start < end else spans
+
+
+def _spaced_spans(text: str) -> list[tuple[int, int]]:
     spans = []
     start = _skip_blanks(text, 0)
     for mark in _END.finditer(text):
@@ -54,9 +89,9 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
     return [*spans, (start, end)] if start < end else spans
 
 
-def split_sentences(text: str) -> list[str]:
+def split_sentences(text: str, *, scripts: Literal["spaced", "any"] = "spaced") -> list[str]:
     """The sentences of a text, without the blanks between them."""
-    return [text[start:end] for start, end in sentence_spans(text)]
+    return [text[start:end] for start, end in sentence_spans(text, scripts=scripts)]
 
 
 def _ends_here(text: str, mark: int, following: int) -> bool:

@@ -1,6 +1,7 @@
 """Speed against peers, side by side in one run: prints a line per system and writes eval/results/bench-*.json.
 
     python scripts/bench.py dump DUMP... --wikiextractor PYTHON
+    python scripts/bench.py multistream DUMP [--processes 2]
     python scripts/bench.py latency PIPELINE QUESTIONS [--index INDEX_FOLDER]
     python scripts/bench.py rerank --data DIR [--reranker FOLDER]
     python scripts/bench.py prompt --data DIR [--model MODEL]
@@ -18,10 +19,10 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where this file is run by its path from a test
 
-from benchmarks import dump, latency, pipeline, precision, prompt, rerank, sharing
+from benchmarks import dump, latency, multistream, pipeline, precision, prompt, rerank, sharing
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for module in (dump, latency, rerank, prompt, precision, sharing, pipeline):
+for module in (dump, multistream, latency, rerank, prompt, precision, sharing, pipeline):
     name = module.__name__.rpartition(".")[2]
     app.command(name, help=module.__doc__)(getattr(module, name))
 

@@ -126,6 +126,21 @@ def tiny_bert(path: Path, *, window: int = 128, seed: int = 0) -> Path:
     )
 
 
+def tiny_multilingual(path: Path, *, window: int = 512, seed: int = 0) -> Path:
+    """An encoder of any script, made like multilingual-e5-small: a BERT with `<s> A </s>` and a tokenizer of its own
+    (bytes, where that has XLM-R's sentence pieces)."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import BertModel
+
+    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = _byte_level(list(names.values()))
+    ends = [(name, tokenizer.token_to_id(name)) for name in ("<s>", "</s>")]
+    tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=ends
+    )
+    return _save(path, seed, BertModel, _bert_config(tokenizer, window), tokenizer, **names, model_max_length=window)
+
+
 def tiny_bert2bert(path: Path, *, window: int = 128, seed: int = 0) -> Path:
     """An encoder-decoder of two BERTs, with learned absolute positions on both sides; texts end with `[SEP]`."""
     from transformers import EncoderDecoderConfig, EncoderDecoderModel

@@ -14,6 +14,7 @@ from odqa.config.index import (
     FilePassages,
     GivenVectors,
     IndexRecipe,
+    SentenceWindow,
     Vectors,
 )
 from odqa.config.pipeline import (
@@ -128,6 +129,7 @@ __all__ = [
     "RerankLoss",
     "RerankerSettings",
     "RerankerTraining",
+    "SentenceWindow",
     "Settings",
     "SpanReaderSettings",
     "TrimSettings",

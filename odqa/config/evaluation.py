@@ -45,7 +45,11 @@ class QuestionSet(Settings):
     split: str
     without: tuple[str, ...] = Field((), description="question files; what is asked there, word by word, is left out")
     limit: int | None = Field(None, ge=1, description="only so many questions, the first ones that are left")
-    matcher: Literal["string", "regex"] = "string"
+    matcher: Literal["string", "regex", "characters"] = Field(
+        "string",
+        description="who compares: string (SQuAD and DPR), regex (answers are patterns), characters (Chinese, Japanese,"
+        " Thai and other scripts without blanks)",
+    )
     expected: dict[str, dict[str, Expected]] = Field({}, description="by the name of a pipeline recipe, then by metric")
 
     @field_validator("expected")

@@ -1,20 +1,53 @@
 """Recipes of an index: passages in, BM25 and vectors out."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
-from odqa.config.base import Settings
+from odqa.config.base import GrownSettings, Settings
 
 
-class DumpPassages(Settings):
-    """Passages cut from a MediaWiki dump (.xml or .xml.bz2)."""
+class SentenceWindow(Settings):
+    """Windows of sentences instead of blocks of words: 6 and 3, or 8 and 4, are those of Tamber et al. 2023."""
+
+    sentences: int = Field(6, ge=1, description="sentences a passage")
+    stride: int = Field(3, ge=1, description="sentences from the beginning of one passage to that of the next")
+
+    @model_validator(mode="after")
+    def _check_stride(self) -> Self:
+        if self.stride > self.sentences:
+            raise ValueError(f"stride {self.stride} leaves out sentences between windows of {self.sentences}.")
+        return self
+
+
+class DumpPassages(GrownSettings):
+    """Passages cut from a MediaWiki dump (.xml or .xml.bz2). `processes` and `index` change the speed only."""
+
+    LATER = frozenset({"window", "headings", "infoboxes"})
 
     kind: Literal["dump"] = "dump"
     file: str
     words: int = Field(100, ge=1, description="words a passage, as DPR")
+    window: SentenceWindow | None = Field(None, description="windows of sentences instead of blocks of words")
+    headings: bool = Field(False, description='section titles are text ("Early life."), where text follows them')
+    infoboxes: bool = Field(False, description='facts of infoboxes are text, a line each ("Born: 12 March 1950.")')
     skip_disambiguation: bool = True
     strict: bool = Field(False, description="a damaged dump is an error, not a partial collection")
+    processes: int | None = Field(
+        None, ge=1, exclude=True, description="how many read the dump; null: one a core. No part of the recipe's hash"
+    )
+    index: str | None = Field(
+        None,
+        exclude=True,
+        description="where the streams of a multistream dump begin (*-multistream-index.txt.bz2); null: the file beside"
+        " the dump, if there is one; none: they are looked for. No part of the recipe's hash",
+    )
+
+    @model_validator(mode="after")
+    def _check_cut(self) -> Self:
+        if self.window is not None and self.words != 100:
+            raise ValueError("passages are cut by words or by window. Remove one of them.")
+        return self
 
 
 class FilePassages(Settings):
@@ -30,7 +63,11 @@ class AnalyzerSettings(Settings):
     lowercase: bool = True
     stop_words: Literal["english", "none"] | tuple[str, ...] = "english"
     stemmer: str | None = Field(None, description="a Snowball algorithm such as english (extra: stemmer)")
-    token_pattern: str = r"(?u)\b\w\w+\b"
+    token_pattern: str = Field(
+        r"(?u)\b\w\w+\b",
+        description="a regular expression without groups, or the word characters: words where there are blanks, and"
+        " each character of Chinese, Japanese, Thai and other scripts without",
+    )
 
 
 class Bm25(Settings):
@@ -43,20 +80,16 @@ class Bm25(Settings):
     analyzer: AnalyzerSettings = AnalyzerSettings()
 
 
-class Vectors(Settings):
+class Vectors(GrownSettings):
     """How vectors are searched: exactly, or by a FAISS index-factory string with its search-time parameters."""
+
+    LATER = frozenset({"given"})
 
     faiss: str | None = Field(None, description="such as IVF1024,PQ48 or HNSW32,SQ8 (inner product); None: exact")
     search: dict[str, float] = Field({}, description="FAISS search parameters, such as {nprobe: 16}")
     train_rows: int = Field(200_000, ge=1, description="the most vectors that quantisers are trained on")
     keep: bool = Field(False, description="keep the vectors beside a FAISS index")
     given: str | None = Field(None, description="passage vectors made elsewhere: a recipe of kind vectors")
-
-    @model_serializer(mode="wrap")
-    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> Any:
-        """Without `given` where there is none: indexes from before there was such a key keep their hashes."""
-        record = serialize(self)
-        return record if self.given is not None else {key: value for key, value in record.items() if key != "given"}
 
 
 class Dense(Settings):

@@ -1,24 +1,26 @@
 """A MediaWiki XML dump, plain or .bz2, read as a stream of articles with clean text.
 
-The dump is cut at `<page>` and `</page>` and every page is parsed as a document of its own. Three things follow.
-Memory holds one page, whatever the size of the dump. Damage costs the page it hits: the next `<page>` starts afresh.
-And no DTD ever reaches the XML parser, so that entity bombs and external entities have no way in.
+The dump is cut at `<page>` and `</page>` (`odqa.corpus.streams`) and every page is parsed as a document of its own.
+Three things follow. Memory holds one page, whatever the size of the dump. Damage costs the page it hits: the next
+`<page>` starts afresh. And no DTD ever reaches the XML parser, so that entity bombs and external entities have no way
+in.
 
 What this module does not know: wikitext beyond redirects and disambiguation pages (see `odqa.corpus.wikitext`),
-passages, and older revisions (of a page with several, the last one counts).
+passages, other processes (`odqa.corpus.dump`), and older revisions (of a page with several, the last one counts).
 
 Format: https://www.mediawiki.org/wiki/Help:Export, versions 0.3 to 0.11.
 """
 
-import bz2
 import re
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from io import BufferedReader
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, Literal
 from xml.etree import ElementTree
 
+from odqa.corpus.streams import EXPECTED, Cutter, Loss, Part, Piece, parts_of
 from odqa.corpus.wikitext import ENGLISH, Namespaces, clean
 from odqa.errors import DataError
 
@@ -93,33 +95,172 @@ def read_articles(
     """
     path = Path(path)
     report = DumpReport() if report is None else report
-    damage = _Damage(path, report, is_strict=strict)
-    site = _Site()
-    for piece in _cut(_read(path, damage), damage):
-        if piece.is_header:
-            site = _parse_siteinfo(piece, damage)
-            continue
-        page = _parse_page(piece, site, damage)
-        if page is None:
-            continue
-        report.pages += 1
-        report.namespaces[page.namespace] += 1
-        if page.redirect is not None:
-            report.redirects += 1
-            if page.namespace == 0:
-                report.aliases += 1
-                if on_redirect is not None:
-                    on_redirect(Redirect(alias=page.title, target=page.redirect))
-        elif page.namespace == 0:
-            if skip_disambiguation and is_disambiguation(page.title, page.wikitext):
-                report.disambiguations += 1
-            elif text := clean(page.wikitext, namespaces=site.links, keep_headings=keep_headings):
-                report.articles += 1
-                yield Article(id=page.id, title=page.title, text=text)
+    options = PageOptions(skip_disambiguation=skip_disambiguation, keep_headings=keep_headings)
+    reading = Reading(path, report, options=options, is_strict=strict, on_redirect=on_redirect)
+    for part in parts_of(path):
+        for found in reading.read(part):
+            if found.fate == "article":
+                yield Article(found.id, found.title, found.text)
+    for found in reading.finish():
+        if found.fate == "article":
+            yield Article(found.id, found.title, found.text)
+
+
+# ---------------------------------------------------------------- what becomes of a page
+
+
+@dataclass(frozen=True, slots=True)
+class PageOptions:
+    """Which pages are articles, and what of them is text (`odqa.corpus.wikitext.clean`)."""
+
+    skip_disambiguation: bool = True
+    keep_headings: bool = False
+    keep_infoboxes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A page, and what became of it. `text`: of an article its clean text, of a redirect the title it leads to.
+
+    `passages`: what an article was cut into, where another process has done so (`text` is empty then).
+    """
+
+    namespace: int
+    fate: Literal["article", "redirect", "disambiguation", "empty", "other"]
+    id: str
+    title: str
+    text: str = ""
+    passages: tuple[str, ...] = ()
+
+
+def find_page(piece: Piece, site: "Site", options: PageOptions) -> Found | Loss:
+    """Parse one `<page>` and decide what becomes of it; a Loss if it is damaged."""
+    page = _parse_page(piece, site)
+    if isinstance(page, Loss):
+        return page
+    if page.redirect is not None:
+        return Found(page.namespace, "redirect", page.id, page.title, page.redirect)
+    if page.namespace != 0:
+        return Found(page.namespace, "other", page.id, page.title)
+    if options.skip_disambiguation and is_disambiguation(page.title, page.wikitext):
+        return Found(0, "disambiguation", page.id, page.title)
+    text = clean(
+        page.wikitext,
+        namespaces=site.links,
+        keep_headings=options.keep_headings,
+        keep_infoboxes=options.keep_infoboxes,
+    )
+    return Found(0, "article" if text else "empty", page.id, page.title, text)
+
+
+class Reading:
+    """A dump that is being read part by part: what was met, what was lost, and what waits for the next part.
+
+    Parts come in order, each through `read`, or through `join` when another process has cut and parsed it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        report: DumpReport,
+        *,
+        options: PageOptions,
+        is_strict: bool = False,
+        on_redirect: Callable[[Redirect], object] | None = None,
+    ) -> None:
+        self.path = path
+        self.report = report
+        self.options = options
+        self.site: Site | None = None  # known once the header was read
+        self._cutter = Cutter()
+        self._damage = _Damage(path, report, is_strict=is_strict)
+        self._on_redirect = on_redirect
+
+    def read(self, part: Part | Loss) -> Iterator[Found]:
+        """The pages that end in this part."""
+        for item in [part] if isinstance(part, Loss) else part.chunks(self.path):
+            if isinstance(item, Loss):
+                self._damage.add(item)
             else:
+                self.report.bytes_read += len(item)
+                yield from self._find(self._cutter.feed(item))
+
+    def join(
+        self, head: bytes, losses: list[Loss], found: list[Found | Loss], tail: bytes, size: int
+    ) -> Iterator[Found]:
+        """The pages that end in a part which was cut elsewhere: `head`, what was found behind it, `tail`."""
+        start = self._cutter.end
+        for loss in losses:
+            self._damage.add(loss, start)
+        yield from self._find(self._cutter.feed(head))
+        for item in found:
+            if isinstance(item, Loss):
+                self._damage.add(item, start)
+            else:
+                self._count(item)
+                yield item
+        if size > len(head):
+            self._cutter.move_to(start + size - len(tail))
+            yield from self._find(self._cutter.feed(tail))
+        self.report.bytes_read += size
+
+    def finish(self) -> Iterator[Found]:
+        """Say what the end leaves. Raises DataError if there was no page."""
+        yield from self._find(self._cutter.finish())
+        if self.report.pages == 0:
+            raise DataError(
+                f"{self.path}: no page could be read from this MediaWiki dump. {self._damage.summary('It holds none.')}"
+            )
+
+    def mark(self) -> dict[str, Any]:
+        """Where the reading stands between two parts, as JSON values."""
+        return {
+            "offset": self._cutter.offset,
+            "waiting": self._cutter.waiting.decode("latin-1"),
+            "losses": list(self._damage.losses),
+            "lost": self._damage.count,
+            "report": {each.name: copy(getattr(self.report, each.name)) for each in fields(self.report)},
+        }
+
+    def go_to(self, mark: Mapping[str, Any]) -> None:
+        """Go on where another reading of this dump stood; `site` must be known."""
+        self._cutter = Cutter(offset=mark["offset"], waiting=mark["waiting"].encode("latin-1"), in_header=False)
+        self._damage.losses, self._damage.count = list(mark["losses"]), mark["lost"]
+        for name, value in mark["report"].items():
+            is_counter = name == "namespaces"
+            setattr(self.report, name, Counter({int(key): n for key, n in value.items()}) if is_counter else value)
+
+    def _find(self, pieces: Iterator[Piece | Loss]) -> Iterator[Found]:
+        for piece in pieces:
+            if isinstance(piece, Piece) and piece.is_header:
+                _check_is_dump(piece.source, self._damage)
+                self.site = _parse_siteinfo(piece, self._damage)
+                continue
+            assert self.site is not None
+            found = piece if isinstance(piece, Loss) else find_page(piece, self.site, self.options)
+            if isinstance(found, Loss):
+                self._damage.add(found)
+            else:
+                self._count(found)
+                yield found
+
+    def _count(self, found: Found) -> None:
+        report = self.report
+        report.pages += 1
+        report.namespaces[found.namespace] += 1
+        match found.fate:
+            case "article":
+                report.articles += 1
+            case "disambiguation":
+                report.disambiguations += 1
+            case "empty":
                 report.empty += 1
-    if report.pages == 0:
-        raise DataError(f"{path}: no page could be read from this MediaWiki dump. {damage.summary('It holds none.')}")
+            case "redirect":
+                report.redirects += 1
+                if found.namespace == 0:
+                    report.aliases += 1
+                    if self._on_redirect is not None:
+                        self._on_redirect(Redirect(alias=found.title, target=found.text))
 
 
 # ---------------------------------------------------------------- disambiguation pages
@@ -173,23 +314,25 @@ class _Damage:
         self.path = path
         self.report = report
         self._is_strict = is_strict
-        self._losses: list[str] = []
-        self._count = 0
+        self.losses: list[str] = []
+        self.count = 0
 
-    def add(self, loss: str) -> None:
+    def add(self, loss: Loss, start: int = 0) -> None:
+        """Note a loss in XML whose byte 0 is the byte `start` of the dump's."""
+        words = loss.say(start=start, pages=self.report.pages)
         if self._is_strict:
-            raise DataError(f"{self.path}: {loss}. Without strict reading, what is sound would be kept.")
-        self._count += 1
-        if self._count <= self._IN_WORDS:
-            self._losses.append(loss)
+            raise DataError(f"{self.path}: {words}. Without strict reading, what is sound would be kept.")
+        self.count += 1
+        if self.count <= self._IN_WORDS:
+            self.losses.append(words)
         self.report.lost = self.summary()
 
     def summary(self, nothing: str = "") -> str:
         """Say all losses in one sentence; `nothing` if there is none."""
-        if not self._losses:
+        if not self.losses:
             return nothing
-        more = f"; and {self._count - self._IN_WORDS} more losses" if self._count > self._IN_WORDS else ""
-        sentence = "; ".join(self._losses) + more
+        more = f"; and {self.count - self._IN_WORDS} more losses" if self.count > self._IN_WORDS else ""
+        sentence = "; ".join(self.losses) + more
         return f"{sentence[0].upper()}{sentence[1:]}."
 
 
@@ -197,16 +340,7 @@ class _Damage:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """The header (all before the first page) or one page of the dump, with the byte of the XML at which it starts."""
-
-    source: bytes
-    offset: int
-    is_header: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Site:
+class Site:
     """What the dump says about its wiki: which links are silent, and the number of each namespace by its name."""
 
     links: Namespaces = ENGLISH
@@ -226,34 +360,32 @@ _SITEINFO = re.compile(rb"<siteinfo>.*?</siteinfo>", re.DOTALL)
 _SILENT_NAMESPACES = (-2, 6, 14)  # Media, File, Category
 
 
-def _parse_siteinfo(header: _Piece, damage: _Damage) -> _Site:
+def _parse_siteinfo(header: Piece, damage: _Damage) -> Site:
     siteinfo = _SITEINFO.search(header.source)
     if siteinfo is None:
-        return _Site()  # a hand-made dump: MediaWiki accepts it too
+        return Site()  # a hand-made dump: MediaWiki accepts it too
     try:
         element = ElementTree.fromstring(siteinfo[0])
     except ElementTree.ParseError as error:
-        damage.add(f"the <siteinfo> of the dump is not well-formed XML ({error}), so English namespace names were used")
-        return _Site()
+        words = f"the <siteinfo> of the dump is not well-formed XML ({error}), so English namespace names were used"
+        damage.add(Loss(words))
+        return Site()
     names = {(each.text or "").strip().lower(): int(each.get("key", "0")) for each in element.iter("namespace")}
     silent = [name for name, number in names.items() if number in _SILENT_NAMESPACES]
-    return _Site(Namespaces.of(silent=silent, known=names), names)
+    return Site(Namespaces.of(silent=silent, known=names), names)
 
 
 _REDIRECT = re.compile(r"\s*#[^\s\[:]+\s*:?\s*\[\[\s*:?([^\[\]|#]+)")  # "#REDIRECT [[Target]]", in any language
 
 
-def _parse_page(piece: _Piece, site: _Site, damage: _Damage) -> _Page | None:
-    """Parse one `<page>`; None (and a loss) if it is damaged."""
+def _parse_page(piece: Piece, site: Site) -> _Page | Loss:
     try:
         element = ElementTree.fromstring(piece.source)
     except ElementTree.ParseError as error:
-        damage.add(f"the page at byte {piece.offset} was left out: not well-formed XML ({error})")
-        return None
+        return Loss(f"the page at byte {{at}} was left out: not well-formed XML ({error})", piece.offset)
     title, page_id = element.findtext("title"), element.findtext("id")
     if not title or not page_id:
-        damage.add(f"the page at byte {piece.offset} was left out: it has no <title> or no <id>")
-        return None
+        return Loss("the page at byte {at} was left out: it has no <title> or no <id>", piece.offset)
     # 1. The namespace: dumps before format 0.6 tell it by the prefix of the title only.
     number = element.findtext("ns", "").strip()
     namespace = int(number) if number.lstrip("-").isdigit() else site.numbers.get(title.partition(":")[0].lower(), 0)
@@ -278,61 +410,8 @@ def _redirect_target(page: ElementTree.Element, wikitext: str) -> str | None:
     return in_text[1].strip() if in_text else None if mark is None else ""
 
 
-# ---------------------------------------------------------------- the stream, cut into pages
-
-_LARGEST_PAGE = 64 * 2**20  # bytes; chosen: MediaWiki refuses texts over 2 MiB, so more is damage or a full history
-_OPEN, _CLOSE, _END = b"<page>", b"</page>", b"</mediawiki>"
-
-
-def _cut(chunks: Iterator[bytes], damage: _Damage) -> Iterator[_Piece]:
-    """Cut the XML into its header and its pages. Text cannot imitate the tags: it has "&lt;" for every "<"."""
-    # 1. The header: all before the first page.
-    buffer = bytearray()
-    while len(buffer) < _SNIFFED and (chunk := next(chunks, b"")):
-        buffer += chunk
-    _check_is_dump(bytes(buffer[:_SNIFFED]), damage)
-    while (first := buffer.find(_OPEN)) < 0 and len(buffer) < _LARGEST_PAGE and (chunk := next(chunks, b"")):
-        buffer += chunk
-    if first < 0:
-        first = max(0, buffer.rfind(_END))  # a dump without pages
-    yield _Piece(bytes(buffer[:first]), 0, is_header=True)
-    # 2. The pages. What stands between `start` of the buffer and the last <page> before a </page> belongs to no page.
-    start, searched, offset = first, first, 0  # `offset` is the buffer's place in the XML, the others count within it
-    while True:
-        while (end := buffer.find(_CLOSE, searched)) >= 0:
-            page = buffer.rfind(_OPEN, start, end)
-            _note_gap(bytes(buffer[start : page if page >= 0 else end]), offset + start, damage)
-            searched = end + len(_CLOSE)
-            if page >= 0:
-                yield _Piece(bytes(buffer[page:searched]), offset + page, is_header=False)
-            start = searched
-        del buffer[:start]
-        offset += start
-        start, searched = 0, max(0, len(buffer) - len(_CLOSE))
-        if len(buffer) > _LARGEST_PAGE:
-            damage.add(f"{len(buffer)} bytes from byte {offset} on were left out: there is no </page> among them")
-            start = searched
-        if not (chunk := next(chunks, b"")):
-            break
-        buffer += chunk
-    # 3. The end.
-    if _END not in buffer:
-        where = f"byte {offset + len(buffer)}, after {damage.report.pages} pages"
-        inside = " and in the middle of one" if _OPEN in buffer else ""
-        damage.add(f"the dump ends at {where}{inside}, without </mediawiki>: what followed is lost")
-
-
-def _note_gap(between: bytes, offset: int, damage: _Damage) -> None:
-    if _OPEN in between:
-        damage.add(f"the page at byte {offset + between.find(_OPEN)} was left out: it has no </page>")
-    elif between.strip():
-        damage.add(f"{len(between)} bytes at byte {offset} were left out: they belong to no page")
-
-
 # ---------------------------------------------------------------- what the file is
 
-_SNIFFED = 4096  # bytes of the XML that are looked at to tell what it is
-_EXPECTED = "Expected a MediaWiki XML dump (*-pages-articles.xml or .xml.bz2)"
 _ROOT = re.compile(rb"<([A-Za-z][\w:.-]*)")
 _PROLOG = re.compile(rb"<\?.*?\?>|<!--.*?-->", re.DOTALL)
 _OTHER_PACKERS = {
@@ -348,7 +427,7 @@ def _check_is_dump(head: bytes, damage: _Damage) -> None:
     """Raise DataError, saying what the file is instead, unless its XML begins as a dump does."""
     start = _PROLOG.sub(b"", head.removeprefix(b"\xef\xbb\xbf")).lstrip()
     if not head:
-        raise DataError(f"{damage.path}: {damage.summary('the file is empty.')} {_EXPECTED}.")
+        raise DataError(f"{damage.path}: {damage.summary('the file is empty.')} {EXPECTED}.")
     root = _ROOT.search(start)
     lower = start[:64].lower()
     if lower.startswith((b"<!doctype html", b"<html")):
@@ -364,97 +443,4 @@ def _check_is_dump(head: bytes, damage: _Damage) -> None:
     else:
         packer = next((name for magic, name in _OTHER_PACKERS.items() if head.startswith(magic)), None)
         found = f"{packer} data; unpack it or pack it as .bz2" if packer else f"no XML (it begins with {head[:16]!r})"
-    raise DataError(f"{damage.path}: not a MediaWiki dump but {found}. {_EXPECTED}.")
-
-
-# ---------------------------------------------------------------- bytes
-
-_CHUNK = 2**18  # bytes read, or unpacked, at a time
-
-
-def _read(path: Path, damage: _Damage) -> Iterator[bytes]:
-    """Yield the bytes of the XML, unpacking bz2 by its first bytes rather than by the file's name."""
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file. {_EXPECTED}.") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). {_EXPECTED}.") from None
-    with file:
-        is_packed = file.peek(3)[:3] == b"BZh"
-        for chunk in _unpack(file, damage) if is_packed else iter(lambda: file.read(_CHUNK), b""):
-            damage.report.bytes_read += len(chunk)
-            yield chunk
-
-
-_STREAM_START = re.compile(rb"BZh[1-9]1AY&SY")
-_LARGEST_BLOCK = 900_000  # bytes of a bz2 block, before packing
-
-
-def _unpack(file: BufferedReader, damage: _Damage) -> Iterator[bytes]:
-    """Unpack bz2 of one or many streams; after damage, go on at the next stream."""
-    unpacker, held = bz2.BZ2Decompressor(), _Holdback()
-    packed = pending = file.read(_CHUNK)  # the packed bytes this unpacker got last, and those it has yet to get
-    is_stream_start = True  # whether the stream starts with `packed`
-    while packed:
-        try:
-            chunk = unpacker.decompress(pending, _CHUNK)
-        except OSError:
-            position = file.tell() - len(packed)
-            unsure = f", with {held.size} bytes of text before it that cannot be checked" if held.size else ""
-            damage.add(f"bz2 data after byte {position} of the file is damaged and was left out{unsure}")
-            packed = pending = _find_stream(file, packed[4 if is_stream_start else 0 :])
-            unpacker, held, is_stream_start = bz2.BZ2Decompressor(), _Holdback(), True
-            continue
-        pending = b""
-        if chunk:  # an empty one would read as the end
-            yield from held.swap(chunk)
-        if unpacker.eof:
-            yield from held.release()
-            packed = unpacker.unused_data or file.read(_CHUNK)
-            if not packed.startswith(b"BZh"[: len(packed)]):
-                packed = _find_stream(file, packed)  # bytes behind a stream are no part of it; bzip2 ignores them too
-            unpacker, pending, is_stream_start = bz2.BZ2Decompressor(), packed, True
-        elif unpacker.needs_input:
-            packed = pending = file.read(_CHUNK)
-            is_stream_start = False
-            if not packed:
-                damage.add(f"the bz2 data ends at byte {file.tell()} of the file in the middle of a stream")
-                yield from held.release()
-
-
-class _Holdback:
-    """The last unpacked bytes of a stream, a block's worth, not to be handed out yet.
-
-    The checksum of a block follows its bytes, so only what a whole block follows is checked. A damaged block may well
-    unpack to text that looks sound.
-    """
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._chunks: deque[bytes] = deque()
-
-    def swap(self, chunk: bytes) -> Iterator[bytes]:
-        """Take a chunk in, give those out that are checked by now."""
-        self._chunks.append(chunk)
-        self.size += len(chunk)
-        while self.size - len(self._chunks[0]) >= _LARGEST_BLOCK:
-            self.size -= len(self._chunks[0])
-            yield self._chunks.popleft()
-
-    def release(self) -> Iterator[bytes]:
-        """Give all out: the stream has ended, with its own checksum."""
-        self.size = 0
-        while self._chunks:
-            yield self._chunks.popleft()
-
-
-def _find_stream(file: BufferedReader, packed: bytes) -> bytes:
-    """Return the packed bytes from the next bz2 stream on, as far as they are read; b"" if none follows."""
-    while True:
-        if start := _STREAM_START.search(packed):
-            return packed[start.start() :]
-        more = file.read(_CHUNK)
-        if not more:
-            return b""
-        packed = packed[-9:] + more
+    raise DataError(f"{damage.path}: not a MediaWiki dump but {found}. {EXPECTED}.")

@@ -15,10 +15,10 @@ one part in memory, and 16 bytes a passage where ids have to be hashed.
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -32,21 +32,40 @@ _SCHEMA = pa.schema([("id", pa.large_string()), ("title", pa.large_string()), ("
 _META = "store.json"
 
 
+@runtime_checkable
+class Resumable(Protocol):
+    """An iterator over passages that can go on in the middle."""
+
+    def mark(self) -> Mapping[str, Any] | None:
+        """Where to go on for the passages that were not given out yet, as a JSON value."""
+        ...
+
+    def go_to(self, mark: Mapping[str, Any] | None, passages: int) -> None:
+        """Go on with the passage after the first `passages`, by a mark that was taken there."""
+        ...
+
+
 def save_store(
     passages: Iterable[Passage], draft: Draft, name: str = "passages", *, part_rows: int = PART_ROWS
 ) -> None:
     """Write `passages` into the store folder `name` of `draft`, one numbered part after the other.
 
-    A part that an earlier try finished is kept, and its passages are drawn from the source and dropped: the source must
-    give the same passages in the same order each time. Raises DataError if there are no passages or an id stands twice.
+    A part that an earlier try finished is kept. A source that is `Resumable` goes on behind it; another is drawn from
+    its start and what is known dropped: it must give the same passages in the same order each time. The marks of a
+    resumable source lie in `name`.marks, which is scratch. Raises DataError for no passages or an id that stands twice.
     """
     if draft.has(f"{name}/{_META}"):
         return
     source = iter(passages)
     counts: list[int] = []
+    if isinstance(source, Resumable):
+        counts = _take_up(source, draft, name)
     while block := list(islice(source, part_rows)):
-        draft.part(f"{name}/{_part_name(len(counts))}", lambda path, block=block: _save_part(path, block))  # type: ignore[misc]
+        part = _part_name(len(counts))
+        draft.part(f"{name}/{part}", lambda path, block=block: _save_part(path, block))  # type: ignore[misc]
         counts.append(len(block))
+        if isinstance(source, Resumable):
+            draft.write_json(f"{name}.marks/{part}.json", {"counts": counts, "mark": source.mark()})
     if not counts:
         raise DataError("the collection has no passages.")
     folder = draft.path / name
@@ -57,6 +76,18 @@ def save_store(
         draft.part(f"{name}/ids.row.npy", lambda path: _save_array(path, rows))
     draft.write_json(f"{name}/{_META}", {"parts": counts, "ids": "row + 1" if is_dense else "hashed"})
     draft.counts["passages"] = sum(counts)
+
+
+def _take_up(source: Resumable, draft: Draft, name: str) -> list[int]:
+    """Let the source go on behind the last part that has a mark; the rows of the parts up to there."""
+    part, counts, mark = 0, list[int](), None
+    while draft.has(f"{name}.marks/{_part_name(part)}.json"):
+        found = json.loads((draft.path / f"{name}.marks/{_part_name(part)}.json").read_text(encoding="utf-8"))
+        counts, mark = found["counts"], found["mark"]
+        part += 1
+    if counts:
+        source.go_to(mark, sum(counts))
+    return counts
 
 
 class PassageStore:

@@ -38,6 +38,10 @@ class Arguments:
         while (key := str(len(self.positional) + 1)) in self._values:
             self.positional.append(self._values[key])
 
+    def named(self) -> list[tuple[str, str]]:
+        """The named arguments in their order, names in lower case."""
+        return [(name, value) for name, value in self._values.items() if not name.isdigit()]
+
     def get(self, *names: str) -> str:
         """Return the first non-empty value among `names`, or "" (an absent and an empty argument look the same)."""
         for name in names:
@@ -62,14 +66,17 @@ def _split_outside_links(source: str) -> list[str]:
 Rule = Callable[[Arguments], str]
 
 
-def render(body: str) -> str:
+def render(body: str, *, keep_infoboxes: bool = False) -> str:
     """Say the words of one template, given what stands between its braces; "" when it carries none.
 
     Templates inside the arguments must have been rendered before. Links and quote marks in the arguments stay.
+    `keep_infoboxes`: a box of facts says a line a fact, "Birth date: 12 March 1950."; see `_infobox`.
     """
     name, pipe, rest = body.partition("|")
     name = name.strip().lower()
     rule = _RULES.get(name)
+    if rule is None and keep_infoboxes and _INFOBOX.match(name.replace("_", " ")):
+        return _infobox(Arguments(rest))
     if rule is None:
         if "_" in name:
             rule = _RULES.get(name.replace("_", " "))
@@ -136,6 +143,8 @@ def _convert(arguments: Arguments) -> str:
     values = arguments.positional
     if not values:
         return ""
+    if arguments.get("comma") not in ("off", "gaps"):
+        values = [_with_commas(value) for value in values]
     # 1. The number, or the range: number, word, number, ...
     said, at = values[0], 1
     while at + 1 < len(values) and (word := _RANGE_WORDS.get(values[at].lower())):
@@ -150,6 +159,15 @@ def _convert(arguments: Arguments) -> str:
         said += " " + values[at]
         at += 1
     return said
+
+
+_LARGE_NUMBER = re.compile(r"([-−–+]?)(\d{4,})(\.\d+)?")
+
+
+def _with_commas(value: str) -> str:
+    """`2381741` as the page shows it, "2,381,741"; what is no plain number stays."""
+    number = _LARGE_NUMBER.fullmatch(value)
+    return value if number is None else f"{number[1]}{int(number[2]):,}{number[3] or ''}"
 
 
 def _unit(code: str) -> str:
@@ -253,6 +271,18 @@ def _date(arguments: Arguments) -> str:
     return " ".join([*(day.lstrip("0") for day in values[2:3]), _month(values[1]), values[0]])
 
 
+def _old_style_date(arguments: Arguments) -> str:
+    """`{{OldStyleDate|February 2|1905|January 20}}` says "February 2 [O.S. January 20] 1905"."""
+    new, year, old = (*arguments.positional, "", "", "")[:3]
+    return " ".join(part for part in (new, f"[O.S. {old}]" if old else "", year) if part)
+
+
+def _old_style_date_and_year(arguments: Arguments) -> str:
+    """`{{OldStyleDateDY|7 January|1634|28 December 1633}}` says "7 January 1634 [O.S. 28 December 1633]"."""
+    new, year, old = (*arguments.positional, "", "", "")[:3]
+    return " ".join(part for part in (new, year, f"[O.S. {old}]" if old else "") if part)
+
+
 def _as_of(arguments: Arguments) -> str:
     """`{{as of|2010|1|lc=y}}` says "as of January 2010"."""
     if alternative := arguments.get("alt"):
@@ -276,6 +306,35 @@ def _interlanguage(arguments: Arguments) -> str:
     return arguments.get("lt") or (second if second and len(first) <= 3 and first.islower() else first)
 
 
+_WIDTH = re.compile(r"\d*(?:\.\d+)?(?:em|px|%)?")
+
+
+def _list(arguments: Arguments) -> str:
+    """A list as wikitext, alone or behind the number or width of columns: `{{columns-list|2|* One}}`."""
+    first, second = (*arguments.positional, "", "")[:2]
+    found = second if _WIDTH.fullmatch(first) else first
+    return f"\n{found}\n" if found else ""
+
+
+def _coordinates(arguments: Arguments) -> str:
+    """`{{coord|30|12|N|74|7|W}}` says "30°12′N 74°7′W"; one for the title of the page (too) is not in the sentence."""
+    if "t" in arguments.get("display").replace("inline", ""):
+        return ""
+    numbers, parts = list[str](), list[str]()
+    for value in arguments.positional:
+        if value.upper() in ("N", "S", "E", "W"):
+            parts.append("".join(map("".join, zip(numbers, "°′″", strict=False))) + value.upper())
+            numbers = []
+        elif re.fullmatch(r"[-−]?\d+(?:\.\d+)?", value):
+            numbers.append(value)
+        else:
+            break
+    if not parts and len(numbers) >= 2:
+        signs = zip(numbers, ("NS", "EW"), strict=False)
+        parts = [f"{number.lstrip('-−')}°{sign[number[0] in '-−']}" for number, sign in signs]
+    return " ".join(parts)
+
+
 def _items(arguments: Arguments) -> str:
     """A list whose items are arguments: one wikitext list item each."""
     return "".join(f"\n* {value}" for value in arguments.positional if value) + "\n"
@@ -284,6 +343,52 @@ def _items(arguments: Arguments) -> str:
 def _columns(arguments: Arguments) -> str:
     """`{{columns|col1=...|col2=...}}`: the columns one after the other."""
     return "\n".join(filter(None, (arguments.get(f"col{number}") for number in range(1, 10)))) + "\n"
+
+
+# Boxes of facts, by how their names begin: English, and what a dozen other Wikipedias call them.
+_INFOBOX = re.compile(
+    r"infobox|infoboks|infoskaste|geobox|taxobox|automatic taxobox|autotaxobox|speciesbox|chembox|drugbox|starbox"
+    r"|ficha de|info/|infocaseta|infotaula|infokast|infokvir|инфокутия|карточка|картка|bilgi kutusu"
+)
+# What describes the box and its pictures rather than the subject.
+_BESIDE_FACTS = re.compile(
+    r"image|img|photo|pic(?:ture)?(?![a-z])|caption|alt(?![a-z])|logo|flag|map|coa(?![a-z])|seal|signature|icon|banner"
+    r"|cover|width|size$|colou?r|bg|style|class$|align|coor|lat[dms]?$|lon[gdms]*$|lat[-_ ]|long?[-_ ]|foot ?note|ref"
+    r"|pushpin|url|web ?site|homepage|hide|show|audio|sound|dim(?![a-z])|region code|iso code|border|above$|below$"
+)
+_ROWS = re.compile(r"\s*(?:\n[*#:;\s]*|<br[^<>]*>)\s*", re.IGNORECASE)
+_FILE = re.compile(r"\.(?:jpe?g|png|gif|svg|tiff?|og[gv]|webm|pdf)\b", re.IGNORECASE)
+
+
+def _infobox(arguments: Arguments) -> str:
+    """A line a fact: its key as words, a colon, its value on one line with a full stop; rows are set off by commas.
+
+    Left out: empty and fixed values (yes, no), pictures and what describes them, colours, sizes, coordinates, maps,
+    addresses, references, tables. Keys lose their underscores and a number behind them ("leader_name1").
+    """
+    lines = []
+    for key, value in arguments.named():
+        words = key.replace("_", " ").replace("-", " ").strip()
+        if re.fullmatch(r"(?:module|embed|child|misc)\d*", key):  # a box in the box has said its lines
+            lines.append(value)
+            continue
+        said = ", ".join(part for part in _ROWS.split(value.strip("*#:; \n")) if part.strip())
+        is_fact = any(character.isalnum() for character in said) and said.lower() not in ("yes", "no", "y", "n")
+        if (
+            not is_fact
+            or "{|" in value
+            or _FILE.search(said)
+            or any(_BESIDE_FACTS.match(words[at:]) for at in _starts(words))
+        ):
+            continue
+        label = words.rstrip("0123456789 ") or words
+        lines.append(f"{label[:1].upper()}{label[1:]}: {said.rstrip(' .;,')}.")
+    return "\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _starts(words: str) -> list[int]:
+    """Where the words of a key begin."""
+    return [0, *(at + 1 for at, character in enumerate(words) if character == " ")]
 
 
 _ACCIDENTALS = {"sharp": "♯", "flat": "♭", "natural": "♮", "#": "♯", "b": "♭"}
@@ -359,7 +464,8 @@ _RULES: dict[str, Rule] = _table(
     ("reign, r.", _joined("–", before="r. ")),
     ("born, b., born-in", _argument("1", before="b. ")),
     ("died, d.", _argument("1", before="d. ")),
-    ("oldstyledate, old style date, oldstyledatedy", _argument("1")),
+    ("oldstyledate, old style date", _old_style_date),
+    ("oldstyledatedy", _old_style_date_and_year),
     ("year, by, fy, baseball year", _argument("1")),
     # Names and links.
     ("flag, flagu, flagcountry, flag+link, flagathlete", _argument("1")),
@@ -376,7 +482,8 @@ _RULES: dict[str, Rule] = _table(
     ("rms", _ship("RMS")),
     # Lists.
     ("hlist, flat list", _joined(", ")),
-    ("plainlist, flatlist, plain list, columns-list, column-list, div col list, bulletlist, collapse", _argument("1")),
+    ("plainlist, flatlist, plain list, columns-list, column-list, div col list, bulletlist, collapse", _list),
+    ("coord", _coordinates),
     ("unbulleted list, ubl, ublist, vunblist, ordered list, bulleted list, unbulleted, numbered list", _items),
     ("columns", _columns),
     # Characters.

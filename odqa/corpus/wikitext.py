@@ -2,7 +2,8 @@
 
 Kept: paragraphs, quotations, list items (each closed with a full stop), the words of text-carrying templates
 (`odqa.corpus.templates`), short formulas. Left out: references, tables, boxes, galleries, file and category links,
-comments, section titles (unless asked for), and whatever broken markup leaves behind.
+comments, and whatever broken markup leaves behind. Only if asked for: section titles, where text follows them, and the
+lines of infoboxes, each as "Birth date: 12 March 1950." and closed with a full stop like the items of lists.
 
 This is a cleaner, not a parser: a fixed row of passes over the text, each linear in its length, in an order in which
 every pass relies on the ones before it. It knows nothing of dumps, other pages or template definitions.
@@ -39,8 +40,17 @@ class Namespaces:
 ENGLISH = Namespaces()
 
 
-def clean(wikitext: str, *, namespaces: Namespaces = ENGLISH, keep_headings: bool = False) -> str:
+def clean(
+    wikitext: str,
+    *,
+    namespaces: Namespaces = ENGLISH,
+    keep_headings: bool = False,
+    keep_infoboxes: bool = False,
+) -> str:
     """Turn the wikitext of one article into plain text, one paragraph or list item a line, "" if nothing remains.
+
+    `keep_headings`: section titles are lines too, "Early life.", if text follows before the next title of their level
+    or above. `keep_infoboxes`: see `odqa.corpus.templates.render`.
 
     The order of the steps matters: each one may assume that the markup of the earlier ones is gone.
     """
@@ -48,7 +58,7 @@ def clean(wikitext: str, *, namespaces: Namespaces = ENGLISH, keep_headings: boo
     # 1. Elements whose content is no text (references, comments, galleries, ...) or is not wikitext (nowiki, math).
     text = _drop_elements(text)
     # 2. Templates, innermost first. Some say words, some open or close the tables of step 3.
-    text = _expand_templates(text)
+    text = _expand_templates(text, keep_infoboxes=keep_infoboxes)
     # 3. Tables.
     text = _drop_tables(text)
     # 4. Links. Captions of files hold links themselves, so plain links go first and the files around them last.
@@ -159,7 +169,7 @@ _DEEPEST = 40  # templates within templates: MediaWiki's own limit, which also b
 _UNCLOSED_HEAD = re.compile(r"[^|\n\[\]]*(?:(?:\n[ \t]*\|[^\n]*)+|\|)|")
 
 
-def _expand_templates(text: str) -> str:
+def _expand_templates(text: str, *, keep_infoboxes: bool = False) -> str:
     """Replace every `{{...}}` by the words it says; unpaired braces vanish, with the head of an unclosed template."""
     if "{{" not in text and "}}" not in text:
         return text
@@ -176,7 +186,7 @@ def _expand_templates(text: str) -> str:
         else:
             for _ in range(min(pairs, len(stack) - 1)):
                 body = "".join(stack.pop())
-                stack[-1].append(templates.render(body))
+                stack[-1].append(templates.render(body, keep_infoboxes=keep_infoboxes))
     stack[-1].append(text[position:])
     while len(stack) > 1:
         stack[-2].append(_UNCLOSED_HEAD.sub("", "".join(stack.pop()), count=1))
@@ -325,6 +335,7 @@ def _clean_lines(text: str, *, keep_headings: bool) -> Iterable[str]:
     """Yield the lines that say something, without their wikitext marks."""
     if "__" in text:
         text = _MAGIC_WORD.sub("", text)
+    titles: list[tuple[int, str]] = []  # of the sections that are open, level and words, and have no text yet
     for line in text.split("\n"):
         line = line.strip()
         if not line:
@@ -332,9 +343,11 @@ def _clean_lines(text: str, *, keep_headings: bool) -> Iterable[str]:
         is_item = False
         if line[0] in _LINE_MARKS:
             if line[0] == "=" and line[-1] == "=" and len(line) > 2:
-                if not keep_headings:
-                    continue
-                line = line.strip("= ")
+                level = min(len(line) - len(line.lstrip("=")), len(line) - len(line.rstrip("=")))
+                titles = [title for title in titles if title[0] < level]
+                if keep_headings and _WORD.search(line):
+                    titles.append((level, _as_item(_drop_quote_marks(line.strip("= ")).strip())))
+                continue
             elif line[0] == "|" or line.startswith("{|"):
                 continue  # a row that its table lost
             elif line[0] != "-" or line.startswith("----"):
@@ -346,9 +359,14 @@ def _clean_lines(text: str, *, keep_headings: bool) -> Iterable[str]:
             line = _drop_quote_marks(line).strip()
         if not _WORD.search(line):
             continue
-        if is_item and (line[-1].isalnum() or line[-1] in _CLOSERS):
-            line += "."
-        yield line
+        yield from (words for _, words in titles)
+        titles.clear()
+        yield _as_item(line) if is_item else line
+
+
+def _as_item(line: str) -> str:
+    """The words of a list item, closed with a full stop unless they end with a mark of their own."""
+    return f"{line}." if line[-1:].isalnum() or line[-1:] in _CLOSERS else line
 
 
 def _drop_quote_marks(line: str) -> str:
@@ -377,7 +395,8 @@ _OPENING_HOLE = re.compile(r"\([ ,;:]*[,;][ ,;]*")  # "(; born", "(, "; a lone "
 _CLOSING_HOLE = re.compile(r"(?<![\s,;:])[ ,;:]+\)")  # " )", ", )"; the look behind keeps long runs linear
 # After a blank only, since "main()" is a name; and one pair inside another, as in "((; ))".
 _EMPTY_PARENTHESES = re.compile(r" \((?:[ ,;:./–—-]|\([ ,;:./–—-]*\))*\)")
-_SPACED_STOP = re.compile(r" \.(?=\s|\Z)")  # not the " .5" of numbers
+# Not the " .5" of numbers, nor a dot of ". . .". After a comma or a stop that a blank followed, the later stop stays.
+_SPACED_STOP = re.compile(r"(?:(?<=[^\s.,A-Z])[.,])? \.(?! ?\.)(?<! \. \.)(?=\s|\Z)")
 _REPEATED_COMMA = re.compile(r",(?:\s*,)+")
 
 

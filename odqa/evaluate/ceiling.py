@@ -24,7 +24,8 @@ class AnswerSearch:
     def __init__(self, gold: Iterable[Gold], matcher: Matcher = "string") -> None:
         self.found: set[str] = set()
         self._open = {item.query_id: item.answers for item in gold if item.answers} if matcher == "regex" else {}
-        self._waiting = _by_longest_token(gold) if matcher == "string" else {}
+        self._matcher = matcher
+        self._waiting = {} if matcher == "regex" else _by_longest_token(gold, matcher)
 
     def see(self, text: str) -> None:
         """Look for every answer that is still missing in a passage's text (without its title)."""
@@ -34,7 +35,7 @@ class AnswerSearch:
             for query_id in found:
                 del self._open[query_id]
         if self._waiting:
-            haystack = token_string(text)
+            haystack = token_string(text, self._matcher)
             for token in self._waiting.keys() & set(haystack.split()):
                 self._look_for(token, haystack)
 
@@ -47,11 +48,11 @@ class AnswerSearch:
             del self._waiting[token]
 
 
-def _by_longest_token(gold: Iterable[Gold]) -> _Waiting:
+def _by_longest_token(gold: Iterable[Gold], matcher: Matcher) -> _Waiting:
     """Answers without tokens are left out: `has_answer` finds them nowhere."""
     waiting: _Waiting = defaultdict(list)
     for item in gold:
-        for needle in dict.fromkeys(token_string(answer) for answer in item.answers):
+        for needle in dict.fromkeys(token_string(answer, matcher) for answer in item.answers):
             if tokens := needle.split():
                 waiting[max(tokens, key=len)].append((needle, item.query_id))
     return dict(waiting)

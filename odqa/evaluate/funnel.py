@@ -74,7 +74,7 @@ def judge(
         prediction=trace.answer.text,
         outcome=_outcome(trace, finder, right, in_context),
         em=right[-1],
-        f1=f1(trace.answer.text, gold.answers) if matcher == "string" else None,
+        f1=f1(trace.answer.text, gold.answers, matcher) if matcher != "regex" else None,
         retrieve_rank=finder.rank(retrieved.ids) if retrieved else None,
         rerank_rank=finder.rank(reranked.ids) if reranked else None,
         final_rank=finder.rank(final.ids) if final else None,

@@ -222,8 +222,8 @@ def evaluate_rankings(
     if is_read:
         answered = [(result.prediction or "", by_id[result.id].answers) for result in judged]
         values[Metric("em")] = [100.0 * exact_match(text, answers, matcher) for text, answers in answered]
-        if matcher == "string":
-            values[Metric("f1")] = [100.0 * f1(text, answers) for text, answers in answered]
+        if matcher != "regex":
+            values[Metric("f1")] = [100.0 * f1(text, answers, matcher) for text, answers in answered]
     for k in (k for k in depths if k <= depth):
         values[Metric("recall", k)] = [within(result.rank, k) for result in judged if by_id[result.id].answers]
     scores = []
@@ -295,7 +295,7 @@ def _check_same_questions(judged: set[str], strangers: Sequence[str], by_id: Map
 def _matcher_name(metric: Metric, matcher: Matcher) -> str:
     """Who compared with the gold answers."""
     if metric.name in ("em", "f1"):
-        return "SQuAD normalisation" if matcher == "string" else "DrQA regex"
+        return {"string": "SQuAD normalisation", "regex": "DrQA regex", "characters": "characters"}[matcher]
     return "" if metric.name == "tokens" else f"has_answer {matcher}"
 
 

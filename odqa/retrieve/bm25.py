@@ -53,6 +53,13 @@ _PART_ROWS = 100_000  # passages whose postings are counted at once, about 0.5 G
 _BAND_POSTINGS = 8_000_000  # postings that are merged at once, about 0.4 GB
 
 
+# What `token_pattern: characters` of a recipe stands for: Thai, Lao, Myanmar, Khmer, Kana, Bopomofo and Han by the
+# character (their vowel signs and tones too), and words of one letter or more of all others.
+_BY_CHARACTER = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3105-\u312f\u31f0-\u31ff"
+_BY_CHARACTER += "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+CHARACTERS = rf"[{_BY_CHARACTER}]|[^\W{_BY_CHARACTER}]+"
+
+
 @dataclass(frozen=True, slots=True)
 class Analyzer:
     """How a text becomes terms, the same for passages and queries: case, pattern, stop words, then stems."""

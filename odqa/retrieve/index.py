@@ -66,7 +66,7 @@ def build_index(
             given.check(dense)
             inputs["vectors"] = given.identity
     inputs["settings"] = sha256_json(settings)
-    scratch = ("bm25.parts",) if vectors.keeps_vectors else ("bm25.parts", "dense/vectors")
+    scratch = ("passages.marks", "bm25.parts", *(() if vectors.keeps_vectors else ("dense/vectors",)))
     with building(path, KIND, recipe=recipe or settings, inputs=inputs, scratch=scratch) as draft:
         save_store(passages, draft, part_rows=part_rows)
         store = PassageStore.open(draft.path / "passages")

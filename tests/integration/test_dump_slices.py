@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from odqa.corpus.dump import DumpPassages
 from odqa.corpus.mediawiki import Article, DumpReport, Redirect, read_articles
 from odqa.corpus.split import count_words, split_article
 from odqa.errors import DataError
@@ -261,3 +262,31 @@ def plain_text(wikitext: str) -> str:
 def squeeze(text: str) -> str:
     """Keep letters and digits only, so that blanks and punctuation do not decide."""
     return "".join(character for character in text.casefold() if character.isalnum())
+
+
+# ---------------------------------------------------------------- other languages, other processes
+
+
+def test_the_latgalian_names_of_namespaces_are_silent_and_its_counts_are_the_wikis() -> None:
+    result = read(LTGWIKI)
+    report = result.report
+    # The counts of the data folder's README: 2,004 pages in six namespaces, 1,050 of them in the main one.
+    assert (report.pages, report.main_pages, report.redirects) == (2004, 1050, 195)
+    assert len(report.namespaces) == 6
+    assert report.namespaces.total() == 2004
+    titles = {article.title for article in result.articles}
+    assert {"Reiga", "Latgola"} <= titles
+    names = re.compile(r"(Fails|Kategoreja|Attēls|Veidne|Taiss):\S")
+    assert [(a.title, found[0]) for a in result.articles if (found := names.search(a.text))] == []
+    assert not [title for title in titles if title.startswith(("Kategoreja:", "Fails:", "Taiss:", "Vikipedeja:"))]
+
+
+@pytest.mark.parametrize("name", (ENWIKI_2016, LTGWIKI))
+def test_two_processes_give_the_passages_of_one(name: str) -> None:
+    expected_report, report = DumpReport(), DumpReport()
+    expected = list(DumpPassages(path_of(name), processes=1, report=expected_report))
+    assert list(DumpPassages(path_of(name), processes=2, report=report)) == expected
+    assert report == expected_report
+    assert [passage.text for passage in expected] == [
+        text for article in read(name).articles for text in split_article(article.text)
+    ]

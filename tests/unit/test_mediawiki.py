@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from odqa.corpus import mediawiki
+from odqa.corpus import streams
 from odqa.corpus.mediawiki import Article, DumpReport, Redirect, is_disambiguation, read_articles
 from odqa.errors import DataError
 
@@ -139,7 +139,7 @@ def test_old_formats_tell_namespace_and_redirect_in_title_and_text(tmp_path: Pat
 
 @pytest.mark.parametrize("chunk", [7, 64, 2**18])
 def test_the_size_of_the_chunks_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(mediawiki, "_CHUNK", chunk)
+    monkeypatch.setattr(streams, "_CHUNK", chunk)
     dump = (HEADER + plain_pages(20) + END).encode()
     expected = [str(number) for number in range(1, 21)]
     assert ids(write(tmp_path, dump)) == expected
@@ -289,7 +289,7 @@ def test_a_dtd_further_in_never_reaches_the_parser(tmp_path: Path) -> None:
 
 
 def test_memory_holds_chunks_and_one_page_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mediawiki, "_CHUNK", 2**14)
+    monkeypatch.setattr(streams, "_CHUNK", 2**14)
     path = write(tmp_path, HEADER + plain_pages(5_000) + END)
     assert path.stat().st_size > 1_000_000
     tracemalloc.start()

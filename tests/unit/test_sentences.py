@@ -60,3 +60,28 @@ def test_spans_are_in_order_and_leave_only_blanks_out(text: str) -> None:
         assert text[start:end] == text[start:end].strip()
         at = end
     assert not text[at:].strip()
+
+
+@pytest.mark.parametrize(
+    "marked",
+    [
+        "東京は日本の首都である。|人口は約1400万人！？|「はい。」|と彼は言った。",
+        "他說：「你好！」|然後離開了。|他們在2010年到達",
+        "သူသွားသည်။|သူပြန်လာသည်။",
+        # Thai sets off sentences and long clauses by a blank; what comes before has 20 letters or more.
+        "กรุงเทพมหานครเป็นเมืองหลวง|ของประเทศไทยและเป็นศูนย์กลาง",
+        "จังหวัด เชียงใหม่",  # shorter: a name
+    ],
+)
+def test_scripts_without_blanks_have_rules_of_their_own_on_request(marked: str) -> None:
+    expected = marked.split("|")
+    joined = marked.replace("|", " " if "ก" <= marked[0] <= "๛" else "")
+    assert split_sentences(joined, scripts="any") == expected
+
+
+@given(st.text() | st.lists(st.sampled_from(["東", "。", "！」", " ", "A. ", "ก" * 25, "?", "\n"])).map("".join))
+def test_further_rules_only_cut_further_and_lose_nothing(text: str) -> None:
+    further = sentence_spans(text, scripts="any")
+    assert "".join("".join(text[start:end] for start, end in further).split()) == "".join(text.split())
+    ends = {end for _, end in further}
+    assert ends >= {end for _, end in sentence_spans(text)}

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from odqa.corpus.split import count_words, split_article
+from odqa.corpus.split import Cut, count_words, split_article, split_into_windows
 
 
 def numbered(count: int) -> str:
@@ -95,3 +95,45 @@ def test_no_word_is_lost_repeated_or_moved(text: str, words: int) -> None:
 @given(text=st.text(alphabet="ab .,é\n", max_size=400), words=st.integers(1, 12))
 def test_text_with_blanks_is_cut_at_blanks_only(text: str, words: int) -> None:
     assert " ".join(split_article(text, words=words)).split() == text.split()
+
+
+# ---------------------------------------------------------------- windows of sentences
+
+
+def sentences(count: int) -> list[str]:
+    return [f"Sentence number {number}." for number in range(count)]
+
+
+def windows_of_pyserini(found: list[str], size: int, stride: int) -> list[str]:
+    """The loop of Pyserini's segmentation scripts: stop behind the first window that reaches the end."""
+    segments = []
+    for start in range(0, len(found), stride):
+        segments.append(" ".join(found[start : start + size]))
+        if start + size >= len(found):
+            break
+    return segments
+
+
+@pytest.mark.parametrize(("size", "stride"), [(6, 3), (8, 4), (1, 1), (3, 2)])
+@pytest.mark.parametrize("count", [*range(15), 100])
+def test_windows_are_those_of_pyserini(count: int, size: int, stride: int) -> None:
+    found = sentences(count)
+    expected = windows_of_pyserini(found, size, stride)
+    assert split_into_windows(" ".join(found), sentences=size, stride=stride) == expected
+
+
+def test_a_line_of_the_article_ends_a_sentence_and_titles_count_as_one() -> None:
+    text = "Early life.\nBorn in  Ulm,\tGermany\n一。二。"
+    assert split_into_windows(text, sentences=2, stride=2) == ["Early life. Born in Ulm, Germany", "一。 二。"]
+
+
+def test_a_window_that_moves_by_nothing_or_by_too_much_is_refused() -> None:
+    for stride in (0, 7):
+        with pytest.raises(ValueError, match=f"a window of 6 sentences cannot move by {stride}"):
+            split_into_windows("A.", sentences=6, stride=stride)
+
+
+def test_a_cut_is_words_or_windows() -> None:
+    text = " ".join(sentences(9))
+    assert Cut(words=10)(text) == split_article(text, words=10)
+    assert Cut(sentences=6, stride=3)(text) == split_into_windows(text, sentences=6, stride=3)

@@ -289,3 +289,77 @@ def test_spans_of_a_pattern_are_those_of_the_text_as_it_is() -> None:
     found = answer_spans(text, [r"1\d\d\d", "Heyrovsk[y\u00fd]", "("], "regex")
     assert [text[start:end] for start, end in found] == ["Heyrovsk\u00fd", "1890", "1959"]
     assert answer_spans(text, ["Prague"], "regex") == []
+
+
+# --- scripts without blanks: the matcher `characters` -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "found"),
+    [
+        ("首都は東京です", "東京", True),  # no blank marks the word
+        ("首都は東京です", "京都", False),
+        ("東京タワー", "タワー", True),  # a run of Katakana ends where Han begins
+        ("インドの首都", "イン", False),  # but is not cut
+        ("在2010年", "10", False),  # nor are digits
+        ("在２０１０年", "2010", True),  # full width
+        ("ｶﾞﾗｽの靴", "ガラス", True),  # half width, with its mark
+        ("กรุงเทพมหานครเป็นเมืองหลวง", "กรุงเทพ", True),
+        ("ที่นี่", "ท", False),  # a letter with its marks is one
+        ("พ.ศ. ๒๕๖๐", "๒๕", False),  # digits of Thai are digits
+        ("北京，上海", "北京上海", False),  # punctuation counts, as DrQA's does
+        ("國家", "国家", False),  # traditional and simplified are not the same
+        ("It took 10, not 20.", "10", True),  # elsewhere as DrQA
+        ("in 2010", "10", False),
+        ("", "東", False),
+        ("東", "", False),
+    ],
+)
+def test_characters_are_matched_one_by_one_where_no_blanks_part_words(text: str, answer: str, found: bool) -> None:
+    assert has_answer(text, [answer], "characters") is found
+    assert bool(answer_spans(text, [answer], "characters")) is found
+
+
+def test_the_default_matcher_stays_dprs() -> None:
+    assert not has_answer("首都は東京です", ["東京"])
+    assert token_string("首都は 東京に") == " 首都は 東京に "
+
+
+@given(text_and_answers())
+@settings(max_examples=200, deadline=None)
+def test_characters_equal_drqas_tokens_where_there_are_no_such_characters(case: tuple[str, list[str]]) -> None:
+    # The alphabet has letters that NFKD changes and NFD does not; both sides go through NFKD first.
+    text, answers = (unicodedata.normalize("NFKD", case[0]), [unicodedata.normalize("NFKD", a) for a in case[1]])
+    if not regex.search(r"[\p{Han}\p{Hiragana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]", text):
+        assert has_answer(text, answers, "characters") == has_answer(text, answers)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "exact", "overlap"),
+    [
+        ("「東京」。", "東 京", True, 1.0),
+        ("東京都", "東京", False, 0.8),  # precision 2/3, recall 1
+        ("Ｔokyo", "tokyo!", True, 1.0),
+        ("the 東京", "東京", False, 0.8),  # articles are of some language; they stay
+        ("กรุงเทพ", "ภู", False, 0.0),
+        ("、。", "、。", True, 1.0),  # nothing is left of both
+    ],
+)
+def test_exact_match_and_f1_over_characters(prediction: str, answer: str, exact: bool, overlap: float) -> None:
+    assert exact_match(prediction, [answer], "characters") is exact
+    assert f1(prediction, [answer], "characters") == pytest.approx(overlap)
+
+
+def mlqa_tokens(text: str) -> list[str]:
+    """MLQA's `mixed_segmentation` after its normalisation, for Chinese: mlqa_evaluation_v1.py, in other words."""
+    kept = "".join(c for c in text.lower() if unicodedata.category(c)[0] != "P" and c not in "$+<=>^`|~")
+    return regex.findall(r"[\u4e00-\u9fa5]|[^\s\u4e00-\u9fa5]+", kept)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer"), [("中国北京市", "北京"), ("约2010年3月", "2010年"), ("ABC公司", "abc 公司")]
+)
+def test_f1_of_chinese_is_mlqas(prediction: str, answer: str) -> None:
+    words, wanted = mlqa_tokens(prediction), mlqa_tokens(answer)
+    common = sum(min(words.count(word), wanted.count(word)) for word in set(words))
+    assert f1(prediction, [answer], "characters") == pytest.approx(2 * common / (len(words) + len(wanted)))

@@ -46,6 +46,18 @@ def test_a_file_of_an_unknown_namespace_is_known_by_its_extension() -> None:
         ("{{Convert|5|to|10|km|mi|abbr=on}}", "5 to 10 km"),
         ("{{convert|5|-|10|km}}", "5–10 km"),
         ("{{convert|6|ft|2|in|m}}", "6 ft 2 in"),
+        ("{{convert|2381741|km2}} or {{convert|1300|to|1,500|mi}}", "2,381,741 km2 or 1,300 to 1,500 mi"),
+        ("{{convert|12345.678|m}}, {{convert|−1300|ft}}, {{cvt|1/2|in}}", "12,345.678 m, −1,300 ft, 1/2 in"),
+        ("{{convert|2000|km|comma=off}}", "2000 km"),
+        ("{{columns-list|2|\n* One\n* Two\n}}", "One.\nTwo."),  # the first argument may be a width
+        ("{{div col list|30em|\n* One\n}}and {{plainlist|\n* Two\n}}", "One.\nand\nTwo."),
+        (
+            "at {{coord|30|12|N|74|7|W|type:landmark}} and {{coord|43.5|-79|display=inline}}",
+            "at 30°12′N 74°7′W and 43.5°N 79°W",
+        ),
+        ("Reiga {{coord|56|N|24|E|display=title}}{{coord|56|N|24|E|display=inline,title}}{{coord|x}}", "Reiga"),
+        ("{{OldStyleDate|February 2|1905|January 20}}", "February 2 [O.S. January 20] 1905"),
+        ("{{OldStyleDateDY|7 January|1634|28 December 1633}}", "7 January 1634 [O.S. 28 December 1633]"),
         ("{{convert|5|km|mi|1}}", "5 km"),  # the last number is a rounding
         ("{{convert|20|C}} and {{cvt|22|e6acre}}", "20 °C and 22 million acre"),
         ("{{lang|fr|le mot}} {{lang-ru|слово}} {{transl|ar|ALA-LC|kitāb}}", "le mot слово kitāb"),
@@ -130,7 +142,7 @@ def test_quote_marks_go_and_apostrophes_stay(wikitext: str, expected: str) -> No
 def test_list_items_become_sentences_and_headings_go() -> None:
     wikitext = "Intro.\n== Title ==\n* one\n** two!\n# [[three]]\n; Term : meaning\n: indented\n----\n*\n"
     assert clean(wikitext) == "Intro.\none.\ntwo!\nthree.\nTerm: meaning.\nindented"
-    assert clean("== Title ==\ntext", keep_headings=True) == "Title\ntext"
+    assert clean("== Title ==\ntext", keep_headings=True) == "Title.\ntext"
 
 
 def test_tables_go_with_the_tables_inside_them() -> None:
@@ -277,3 +289,90 @@ def test_hostile_repetition_takes_linear_time(piece: str) -> None:
     begin = time.process_time()
     clean(piece * (200_000 // len(piece)))
     assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize(
+    ("wikitext", "text"),
+    [
+        # What a silent template leaves between two marks (Anarchism and Andre Agassi of the 2016 slice).
+        ("* ISBN 0-14-022697-4. {{oclc|221147531}}.", "ISBN 0-14-022697-4."),
+        ("* Run Time: 52 minutes, {{OCLC|61658553}}.", "Run Time: 52 minutes."),
+        # An ellipsis with blanks is one (Algorithm): its dots do not move.
+        (
+            'Knuth: ". . .we want good algorithms . . . in some sense',
+            'Knuth: ". . .we want good algorithms . . . in some sense',
+        ),
+        ("as on a piano [etc] . . . With this", "as on a piano [etc] . . . With this"),
+        ("by a kind, . . . and more", "by a kind, . . . and more"),
+        ("at A.D. . Then", "at A.D.. Then"),  # two stops as the page has them
+    ],
+)
+def test_what_is_left_between_marks_is_mended_and_ellipses_are_not(wikitext: str, text: str) -> None:
+    assert clean(wikitext) == text
+
+
+# ---------------------------------------------------------------- what is text on request
+
+
+def test_titles_are_kept_where_text_follows_before_the_next_of_their_level() -> None:
+    page = (
+        "Lead.\n== Early ''life'' ==\n=== Youth ===\nBorn.\n=== School ===\n== Works ==\n=== Books ===\n* One\n"
+        "== Empty ==\n== References ==\n{{reflist}}\n"
+    )
+    assert clean(page, keep_headings=True).split("\n") == [
+        "Lead.", "Early life.", "Youth.", "Born.", "Works.", "Books.", "One.",
+    ]  # fmt: skip
+    assert clean(page).split("\n") == ["Lead.", "Born.", "One."]
+
+
+INFOBOX = """{{Infobox person
+| name        = Ada {{nowrap|King}}
+| image       = Ada.jpg
+| image_size  = 220px
+| caption     = A portrait
+| birth_date  = {{birth date|1815|12|10|df=y}}
+| birth_place = [[London]], England<ref>A note.</ref>
+| occupation  = * [[Mathematician]]
+* Writer
+| spouse1     = [[William King-Noel|William]]<br />(m. 1835)
+| coordinates = {{coord|51|N|0|W}}
+| website     = {{URL|example.org}}
+| signature   = Ada signature.svg
+| nationality =
+| resting_place_coordinates = 1
+| module      = {{Infobox writer|genre=Notes}}
+}}
+'''Ada''' was a mathematician."""
+
+
+def test_infobox_lines_say_facts_and_not_what_the_box_looks_like() -> None:
+    assert clean(INFOBOX, keep_infoboxes=True).split("\n") == [
+        "Name: Ada King.",
+        "Birth date: 10 December 1815.",
+        "Birth place: London, England.",
+        "Occupation: Mathematician, Writer.",
+        "Spouse: William, (m. 1835).",
+        "Genre: Notes.",
+        "Ada was a mathematician.",
+    ]
+    assert clean(INFOBOX) == "Ada was a mathematician."
+
+
+@pytest.mark.parametrize(
+    ("wikitext", "text"),
+    [
+        (
+            "{{Taxobox|name=Aardvark|ordo=[[Tubulidentata]]|status=LC|range_map=A.png}}",
+            "Name: Aardvark.\nOrdo: Tubulidentata.\nStatus: LC.",
+        ),
+        ("{{Infoskaste volsts|prezidents=X}}", "Prezidents: X."),
+        (
+            "{{Infobox x|logo_a=File:A.svg|stats={{{!}}\n{{!}} a\n{{!}}}|map_caption=M|alt_name=Other|altitude=5}}",
+            "Altitude: 5.",
+        ),
+        ("{{Infobox x|elevation_m=|yes=no}}", ""),
+        ("{{Navbox|list1=[[A]]}}", ""),
+    ],
+)
+def test_infoboxes_go_by_many_names_and_other_boxes_stay_silent(wikitext: str, text: str) -> None:
+    assert clean(wikitext, keep_infoboxes=True) == text
