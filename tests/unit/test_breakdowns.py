@@ -101,16 +101,21 @@ def test_the_reach_curve_is_the_share_of_answers_within_the_first_tokens() -> No
 
 # --- the ceiling ------------------------------------------------------------------------------------------------------
 
-WORDS = st.sampled_from(["rome", "Rome", "new", "york", "10", "2010", "é", "e\u0301", "-", ".", "st", "ß"])
+WORDS = st.sampled_from(
+    ["rome", "Rome", "new", "york", "10", "2010", "é", "e\u0301", "-", ".", "st", "ß", "東京", "京"]
+)
 TEXTS = st.lists(WORDS, max_size=6).map(" ".join)
 
 
-@settings(max_examples=200, deadline=None)
+@pytest.mark.parametrize("matcher", ["string", "characters"])
+@settings(max_examples=100, deadline=None)
 @given(st.lists(TEXTS, max_size=5), st.lists(st.lists(TEXTS, max_size=3), max_size=4))
-def test_the_ceiling_is_what_has_answer_finds_in_any_passage(texts: list[str], answers: list[list[str]]) -> None:
+def test_the_ceiling_is_what_has_answer_finds_in_any_passage(
+    matcher: Matcher, texts: list[str], answers: list[list[str]]
+) -> None:
     gold = [Gold(str(number), tuple(found)) for number, found in enumerate(answers)]
-    expected = {item.query_id for item in gold if any(has_answer(text, item.answers) for text in texts)}
-    assert questions_with_answer(texts, gold) == expected
+    expected = {item.query_id for item in gold if any(has_answer(text, item.answers, matcher) for text in texts)}
+    assert questions_with_answer(texts, gold, matcher) == expected
 
 
 @pytest.mark.parametrize("matcher", ["string", "regex"])
