@@ -55,9 +55,10 @@ _REMEMBERED_TERMS = 100_000  # query terms whose ids are kept; a server may be a
 _PART_ROWS = 100_000  # passages whose postings are counted at once, about 0.5 GB
 _BAND_POSTINGS = 8_000_000  # postings that are merged at once, about 0.4 GB
 _BATCH_TERMS = 1 << 18  # terms that vocab.arrow keeps together; fixed, so that its bytes depend on the terms alone
-# Bytes of memory, measured with tracemalloc and rounded up: for a byte of text that is counted (of random tokens that
-# never repeat; English needs a third of it), for a posting that is merged, and for a term that is merged from a part.
-_TEXT_MEMORY = 24
+# Bytes of memory that are reckoned with: for a byte of text that is counted (measured 25 for English, 53 for random
+# tokens that never repeat), for a posting that is merged (ours: the arrays of a band), and for a term of a part that is
+# merged (measured 96).
+_TEXT_MEMORY = 60
 _POSTING_MEMORY = 128
 _TERM_MEMORY = 160
 

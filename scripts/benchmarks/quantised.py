@@ -87,7 +87,8 @@ def _save_vectors(index: "Index", path: Path) -> None:
     import faiss
 
     path.mkdir()
-    flat: Any = faiss.downcast_index(faiss.read_index(str(index.path / "dense/search/index.faiss")))
+    opened = faiss.read_index(str(index.path / "dense/search/index.faiss"))  # kept: what is cast does not own it
+    flat: Any = faiss.downcast_index(opened)
     vectors = flat.reconstruct_n(0, flat.ntotal)
     np.save(path / "part-00000.npy", vectors.astype(np.float16), allow_pickle=False)
 
