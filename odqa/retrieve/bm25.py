@@ -605,8 +605,8 @@ def _save_for_bm25s(path: Path, settings: Bm25Settings, passages: int) -> None:
     terms = _load_terms(path / "vocab.arrow")
     with (path / "vocab.index.json").open("w", encoding="utf-8") as file:
         file.write("{")
-        for start in range(0, len(terms), 100_000):
-            names = terms.slice(start, 100_000).to_pylist()
+        for start in range(0, len(terms), 10_000):
+            names = terms.slice(start, 10_000).to_pylist()
             ids = dict(zip(names, range(start, start + len(names)), strict=True))
             file.write((", " if start else "") + json.dumps(ids, ensure_ascii=False)[1:-1])
         file.write("}")

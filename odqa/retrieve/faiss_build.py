@@ -21,7 +21,7 @@ from odqa.errors import DataError
 from odqa.retrieve.parts import VectorParts
 from odqa.runtime import progress
 
-_BLOCK_ROWS = 65_536  # vectors that are added at once
+_BLOCK_ROWS = 8192  # vectors that are added at once: a part as an encoder leaves it, 25 MB at 768 dimensions
 _GROWTH = 2  # FAISS's arrays double when they are full, and are copied: measured 1.1 to 2.0 times their content
 _TRAINING = 1.3  # ours: of the sample, which k-means holds with what it computes for it
 _ID_BYTES = 8  # of each vector in an inverted list

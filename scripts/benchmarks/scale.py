@@ -5,7 +5,7 @@ Each stage of each size is a process of its own, run one after the other; a stag
 beside those of the clock. Memory is what a process took for itself at most (anonymous memory, every 10 ms) beside its
 largest resident size, which counts the pages of mapped files too. Passages are the real ones, then copies of them in
 which words are replaced by new ones at the rate that Heaps' law, fitted to the real ones, foretells. Vectors are drawn
-at random: they serve for time and memory only. What the numbers of the sizes grow like is fitted (a power of N), and
+at random: they serve for time and memory only. What the numbers of the sizes grow like is fitted (a line), and
 21,015,324 passages are projected; files of that size, whose postings and codes are holes, are opened as they are.
 """
 
@@ -36,7 +36,7 @@ _TYPES = {
     "hnsw": "HNSW32,SQ8",
 }
 _STAGES = ("passages", "split", "store", "bm25", "vectors", *_TYPES, "open", "search")
-_PROJECTED = ("cpu_seconds", "bytes", "peak_anonymous_bytes")
+_PROJECTED = ("cpu_seconds", "bytes")
 
 
 def scale(
@@ -480,25 +480,35 @@ def _result(
             str(size): json.loads(file.read_text(encoding="utf-8")) for size, file in files.items() if file.is_file()
         }
     return {
-        "what": "stages of an index by number of passages, a process each, on one thread; projected: a power of N",
+        "what": "stages of an index by number of passages, a process each, on one thread; a line projects",
         "options": {key: value for key, value in options.items() if key != "corpus"},
         "heaps": heaps,
         "stages": measured,
-        "projected": {stage: _projected(found) for stage, found in measured.items() if _projected(found)},
+        "projected": {
+            stage: _projected(found)
+            for stage, found in measured.items()
+            if stage not in ("open", "search") and _projected(found)
+        },
         "at_wikipedia": at_wikipedia,
     }
 
 
 def _projected(found: dict[str, Any]) -> dict[str, Any]:
-    """a N^b through the sizes of each number that all have (two sizes at least), and its value at Wikipedia's size."""
+    """A straight line through the sizes (two at least) and its value at Wikipedia's, for what is no constant.
+
+    Processes have costs that do not grow (imports, training on a sample), so that a power of N would start too flat.
+    `power` is that of the two largest sizes. Memory is not projected: the budget bounds it.
+    """
     projected = {}
     for key in _PROJECTED:
-        points = [(int(size), entry[key]) for size, entry in found.items() if entry.get(key)]
+        points = sorted((int(size), float(entry[key])) for size, entry in found.items() if entry.get(key))
         if len(points) > 1:
-            n, values = np.log(np.array(points, np.float64)).T
-            power, constant = np.polyfit(n, values, 1)
-            value = math.exp(constant + power * math.log(WIKIPEDIA))
-            projected[key] = {"power": round(float(power), 3), "at_wikipedia": round(value)}
+            slope, constant = np.polyfit(*np.array(points).T, 1)
+            (n, low), (m, high) = points[-2:]
+            projected[key] = {
+                "power": round(math.log(high / low) / math.log(m / n), 3),
+                "at_wikipedia": round(float(constant + slope * WIKIPEDIA)),
+            }
     return projected
 
 
@@ -509,6 +519,7 @@ def _table(result: dict[str, Any]) -> str:
         "",
         f"Heaps' law on {law['passages']:,} real passages: V = {law['K']:.2f} n^{law['beta']:.3f} (largest error "
         f"{100 * result['heaps']['worst_error']:.1f} % of V). Memory is a process's anonymous memory.",
+        "Projected: by a line through the sizes; `power` is that of the two largest.",
         "",
         "| stage | passages | processor, s | clock, s | memory, GB | bytes, GB | more |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
@@ -523,11 +534,11 @@ def _table(result: dict[str, Any]) -> str:
             )
         grows = result["projected"].get(stage)
         if grows:
-            cells = []
-            for key, unit in zip(_PROJECTED, (1, 1e9, 1e9), strict=True):
-                cell = grows.get(key)
-                cells.append(f"{cell['at_wikipedia'] / unit:,.2f} (N^{cell['power']})" if cell else "")
-            lines.append(f"| {stage} | *{WIKIPEDIA:,}* | *{cells[0]}* | | *{cells[2]}* | *{cells[1]}* | projected |")
+            seconds, size_of = (grows.get(key, {"at_wikipedia": 0}) for key in _PROJECTED)
+            lines.append(
+                f"| {stage} | {WIKIPEDIA:,}, projected | {seconds['at_wikipedia']:,} | | | "
+                f"{size_of['at_wikipedia'] / 1e9:.2f} | {grows} |"
+            )
     opening = result["at_wikipedia"]["opening"]
     lines += [
         "",
