@@ -66,9 +66,9 @@ def save_store(
     """Write `passages` into the store folder `name` of `draft`, one numbered part after the other.
 
     A part has `part_rows` passages, or fewer where they would take more than `memory` bytes while it is made. A part
-    that an earlier try finished is kept. A source that is `Resumable` goes on behind it; another is drawn from its start
-    and what is known dropped: it must give the same passages in the same order each time. The marks of a resumable
-    source lie in `name`.marks, which is scratch. Raises DataError for no passages or an id that stands twice.
+    that an earlier try finished is kept. A source that is `Resumable` goes on behind it; another is drawn from its
+    start and what is known dropped: it must give the same passages in the same order each time. The marks of a
+    resumable source lie in `name`.marks, which is scratch. Raises DataError for no passages or an id that stands twice.
     """
     if draft.has(f"{name}/{_META}"):
         return

@@ -503,7 +503,7 @@ def _projected(found: dict[str, Any]) -> dict[str, Any]:
     for key in _PROJECTED:
         points = sorted((int(size), float(entry[key])) for size, entry in found.items() if entry.get(key))
         if len(points) > 1:
-            slope, constant = np.polyfit(*np.array(points).T, 1)
+            slope, constant = np.polyfit([size for size, _ in points], [value for _, value in points], 1)
             (n, low), (m, high) = points[-2:]
             projected[key] = {
                 "power": round(math.log(high / low) / math.log(m / n), 3),

@@ -1,8 +1,9 @@
 """The text store: random access by row and by id, parts, duplicates, resuming."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,3 +226,44 @@ def test_a_store_of_many_parts_opens_few_files_at_once(tmp_path: Path, monkeypat
     monkeypatch.setattr(store._tables, "limit", 3)
     assert [store[row] for row in (9, 0, 5, 1, 2, 3, 9)] == [NAMED[row] for row in (9, 0, 5, 1, 2, 3, 9)]
     assert len(store._tables) == 3
+
+
+class Marked:
+    """A source that can go on in the middle, and notes where it was sent."""
+
+    def __init__(self, passages: list[Passage], dies_at: int | None = None) -> None:
+        self._passages, self._next, self._dies_at = passages, 0, dies_at
+        self.sent_to: list[int] = []
+
+    def __iter__(self) -> Iterator[Passage]:
+        return self
+
+    def __next__(self) -> Passage:
+        if self._next == self._dies_at:
+            raise KeyboardInterrupt
+        if self._next == len(self._passages):
+            raise StopIteration
+        self._next += 1
+        return self._passages[self._next - 1]
+
+    def mark(self) -> dict[str, int]:
+        return {"next": self._next}
+
+    def go_to(self, mark: Mapping[str, Any] | None, passages: int) -> None:
+        assert mark is not None and mark["next"] == passages, "a mark behind its parts would lose a passage"
+        self._next = mark["next"]
+        self.sent_to.append(passages)
+
+
+@pytest.mark.parametrize("memory", [2_000, 10**9])
+@pytest.mark.parametrize("killed_at", [3, 7, 9])
+def test_a_source_that_can_be_sent_on_loses_no_passage_where_memory_ends_a_part(
+    tmp_path: Path, memory: int, killed_at: int
+) -> None:
+    draft = Draft(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        save_store(Marked(NAMED, killed_at), draft, part_rows=3, memory=memory)
+    again = Marked(NAMED)
+    save_store(again, draft, part_rows=3, memory=memory)
+    assert list(PassageStore.open(tmp_path / "passages")) == NAMED
+    assert bool(again.sent_to) is (memory == 10**9), "by memory each part ends with a passage in hand: no mark"
