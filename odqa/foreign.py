@@ -230,7 +230,7 @@ def _export_index(index: "Index", out: Path, file_format: Any) -> int:
 
         return save_passages(out, index.store, file_format)
     from odqa.retrieve.dpr_embeddings import save_embeddings
-    from odqa.retrieve.vectors import VectorParts
+    from odqa.retrieve.parts import VectorParts
 
     folder = index.path / "dense/vectors"
     if not folder.is_dir():

@@ -114,6 +114,7 @@ def build_index(
     folder = out or places.artifacts / recipe.name
     source_file = describe_file(settings.passages.file, path)
     encoder = _encoder_settings(settings.dense)
+    device = search_device(settings)
     given = _given_vectors(settings.dense, places)
     found = finished_artifact(folder, retrieve.KIND, recipe, log)
     if found is not None:
@@ -122,7 +123,7 @@ def build_index(
         is_same = is_same and inputs.get("vectors") == (None if given is None else given.identity)
         if is_same and inputs["passages"] == source_file:
             log(f"{folder}: built already")
-            return retrieve.load_index(folder)
+            return retrieve.load_index(folder, device=device)
     report = DumpReport()
     with progress("articles", path.stat().st_size, "B") as bar:
         index = retrieve.build_index(
@@ -134,6 +135,8 @@ def build_index(
             vectors=_vector_settings(settings.dense),
             given=given,
             recipe=recipe.resolved,
+            device=device,
+            memory_budget=settings.memory_budget,
         )
     if report.pages:
         log(
@@ -191,6 +194,11 @@ def finished_artifact(folder: Path, kind: str, recipe: Recipe, log: Log) -> Arti
     return found if with_defaults(found.manifest["recipe"], recipe) == recipe.resolved else None
 
 
+def search_device(settings: config.IndexRecipe) -> str:
+    """The device that an index recipe names; auto if it names none."""
+    return "auto" if settings.dense is None else settings.dense.device
+
+
 def _encoder_weights(settings: "EncoderSettings") -> dict[str, str]:
     """Fingerprints of an encoder's two models, as the manifest of an index has them."""
     from odqa.retrieve.dense import Encoder, fingerprint
@@ -218,7 +226,7 @@ def _encoder_settings(settings: config.Dense | None) -> "EncoderSettings | None"
         return None
     from odqa.retrieve.dense import EncoderSettings
 
-    return EncoderSettings(**settings.model_dump(exclude={"vectors"}))
+    return EncoderSettings(**settings.model_dump(exclude={"vectors", "device"}))
 
 
 def _vector_settings(settings: config.Dense | None) -> Any:
@@ -337,7 +345,9 @@ def _open_index(
         elif not (folder / MANIFEST).is_file():
             raise ArtifactError(f"{folder}: the index is not built yet. Build it with: odqa index {settings.index}")
         else:
-            index = load_index(folder)
+            settings_of_index = None if index_recipe is None else index_recipe.settings
+            device = search_device(settings_of_index) if isinstance(settings_of_index, config.IndexRecipe) else "auto"
+            index = load_index(folder, device=device)
             if index_recipe is not None:
                 check_index_recipe(index.artifact.manifest["recipe"], index_recipe, folder)
     if indexes is not None:

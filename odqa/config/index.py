@@ -1,10 +1,23 @@
 """Recipes of an index: passages in, BM25 and vectors out."""
 
-from typing import Annotated, Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from odqa.config.base import GrownSettings, Settings
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def _bytes(value: Any) -> Any:
+    """Bytes of "4 GB", "512 MB" or a whole number."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?B)?\s*", value, re.ASCII | re.IGNORECASE)
+    if found is None:
+        raise ValueError(f"{value!r} is no size; expected such as 4 GB, 512 MB or a number of bytes.")
+    return int(float(found[1]) * _UNITS[(found[2] or "B").upper()])
 
 
 class SentenceWindow(Settings):
@@ -83,13 +96,24 @@ class Bm25(Settings):
 class Vectors(GrownSettings):
     """How vectors are searched: exactly, or by a FAISS index-factory string with its search-time parameters."""
 
-    LATER = frozenset({"given"})
+    LATER = frozenset({"given", "refine", "refine_factor"})
 
     faiss: str | None = Field(None, description="such as IVF1024,PQ48 or HNSW32,SQ8 (inner product); None: exact")
     search: dict[str, float] = Field({}, description="FAISS search parameters, such as {nprobe: 16}")
     train_rows: int = Field(200_000, ge=1, description="the most vectors that quantisers are trained on")
     keep: bool = Field(False, description="keep the vectors beside a FAISS index")
     given: str | None = Field(None, description="passage vectors made elsewhere: a recipe of kind vectors")
+    refine: Literal["vectors", "int8"] | None = Field(
+        None,
+        description="score what FAISS finds again, from disk: with the stored vectors, or with a byte a dimension",
+    )
+    refine_factor: int = Field(4, ge=1, description="candidates that are scored again for each hit")
+
+    @model_validator(mode="after")
+    def _check_refine(self) -> Self:
+        if self.refine is not None and self.faiss is None:
+            raise ValueError("refine is for a FAISS index; the exact search has nothing to refine. Remove it.")
+        return self
 
 
 class Dense(Settings):
@@ -111,6 +135,11 @@ class Dense(Settings):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     store_dtype: Literal["float16", "float32"] = "float16"
+    device: str = Field(
+        "auto",
+        exclude=True,
+        description="where to encode: auto, cpu, cuda, cuda:N; one that is named also searches there. Not in the hash",
+    )
     vectors: Vectors = Vectors()
 
 
@@ -121,6 +150,13 @@ class IndexRecipe(Settings):
     passages: Annotated[DumpPassages | FilePassages, Field(discriminator="kind")]
     bm25: Bm25 | None = None
     dense: Dense | None = None
+    memory_budget: Annotated[int, BeforeValidator(_bytes)] = Field(
+        4_000_000_000,
+        ge=10**9,
+        exclude=True,
+        description="bytes that a build may take, such as 8 GB, however many passages come; not in the hash, as the "
+        "index is the same under any",
+    )
 
 
 class GivenVectors(Settings):

@@ -4,14 +4,15 @@ An index folder:
 
     settings.json            k1, b and the analyser: the query side has nothing else to go by
     postings/                for engine bm25s, and as bm25s's own `load` wants it:
-    vocab.arrow              the terms in code-point order; a term's id is its place
+    vocab.arrow              the terms in code-point order, memory-mapped; a term's id is its place
     data.csc.index.npy       float32 (P,), the score that a term gives to a passage   } the P postings,
     indices.csc.index.npy    int32 (P,), the row of that passage                      } by term id, then by row
     indptr.csc.index.npy     int64 (V + 1,), where each term's postings begin
     vocab.index.json, params.index.json    read by bm25s alone
 
 bm25s itself holds a whole collection's tokens while it builds and pads its answers with hits of score 0; this module
-counts in parts (one store part in memory, then one band of the postings), memory-maps, and drops what does not match.
+counts in parts and merges them on disk, a band of terms at a time (the peak is `memory`, whatever the number and the
+length of the passages; parts and bands do not change a byte of the index), memory-maps, and drops what does not match.
 Scores are bit-identical to bm25s's (tested). A passage's score is the float32 sum over the query's terms in query
 order, a repeated term counting each time; order: higher score, then lower row. A query without a known term has no
 hits.
@@ -20,8 +21,9 @@ hits.
 import json
 import math
 import re
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+import shutil
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -33,8 +35,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from odqa.artifacts import Draft
-from odqa.corpus.store import PassageStore
-from odqa.errors import ArtifactError, DataError, MissingExtra
+from odqa.corpus.arrays import NpyWriter
+from odqa.corpus.store import MEMORY, PassageStore
+from odqa.errors import ArtifactError, ArtifactMismatch, DataError, MissingExtra
 from odqa.retrieve.rankings import Rankings, check_depth, no_hits, rank_entries
 from odqa.runtime import progress
 from odqa.types import Passage
@@ -51,6 +54,13 @@ COMPILE_FROM = 50_000_000
 _REMEMBERED_TERMS = 100_000  # query terms whose ids are kept; a server may be asked anything
 _PART_ROWS = 100_000  # passages whose postings are counted at once, about 0.5 GB
 _BAND_POSTINGS = 8_000_000  # postings that are merged at once, about 0.4 GB
+_BATCH_TERMS = 1 << 18  # terms that vocab.arrow keeps together; fixed, so that its bytes depend on the terms alone
+# Bytes of memory that are reckoned with: for a byte of text that is counted (measured 25 for English, 53 for random
+# tokens that never repeat), for a posting that is merged (ours: the arrays of a band), and for a term of a part that is
+# merged (measured 96).
+_TEXT_MEMORY = 60
+_POSTING_MEMORY = 128
+_TERM_MEMORY = 160
 
 
 # What `token_pattern: characters` of a recipe stands for: Thai, Lao, Myanmar, Khmer, Kana, Bopomofo and Han by the
@@ -132,33 +142,40 @@ class Bm25Settings:
         return cls(**{**value, "analyzer": Analyzer(**analyzer)})
 
 
-def build_bm25(store: PassageStore, settings: Bm25Settings, draft: Draft, name: str = "bm25") -> None:
-    """Index a store into the folder `name` of `draft`, in parts that a resumed job skips.
+def build_bm25(
+    store: PassageStore, settings: Bm25Settings, draft: Draft, name: str = "bm25", *, memory: int = MEMORY
+) -> None:
+    """Index a store into the folder `name` of `draft`, in parts that a resumed job skips, within `memory` bytes.
 
     Working parts lie in `NAME.parts`; declare that name as scratch of the artifact.
     """
     if settings.engine == "rank-bm25":
         _check_reference(len(store))
-    else:
-        starts = range(0, len(store), _PART_ROWS)
+    elif not draft.has(f"{name}/postings"):
+        parts = []
         with progress("bm25", len(store), "passages") as bar:
-            for start in starts:
-                stop = min(start + _PART_ROWS, len(store))
-                _count_part(store, settings, draft, f"{name}.parts/{start:010d}", range(start, stop))
-                bar.advance(stop - start)
-        parts = [draft.path / f"{name}.parts" / f"{start:010d}" for start in starts]
-        draft.part(f"{name}/postings", lambda path: _merge_parts(parts, settings, path))
+            for rows in store.ranges(rows=_PART_ROWS, size=memory // _TEXT_MEMORY):
+                part = f"{name}.parts/{rows.start:010d}-{rows.stop:010d}"
+                _count_part(store, settings, draft, part, rows)
+                parts.append(draft.path / part)
+                bar.advance(len(rows))
+        draft.part(f"{name}/postings", lambda path: _merge_parts(parts, settings, path, memory))
     draft.write_json(f"{name}/settings.json", asdict(settings))
 
 
 def load_bm25(path: Path, store: PassageStore) -> "Bm25Searcher | ReferenceSearcher":
-    """Open the index folder `path` of `store`. Raises ArtifactError if it is none."""
+    """Open the index folder `path` of `store`. Raises ArtifactError if it is none, ArtifactMismatch if of another."""
     try:
         settings = Bm25Settings.from_json(json.loads((path / "settings.json").read_text(encoding="utf-8")))
+        if settings.engine == "rank-bm25":
+            return ReferenceSearcher(store, settings)
+        passages = json.loads((path / "postings/params.index.json").read_text(encoding="utf-8"))["num_docs"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: not a BM25 index ({error}). Build the index again.") from error
-    if settings.engine == "rank-bm25":
-        return ReferenceSearcher(store, settings)
+    if passages != len(store):
+        raise ArtifactMismatch(
+            f"{path}: postings of {passages:,} passages, but {store.path} has {len(store):,}. Build the index again."
+        )
     return Bm25Searcher(path / "postings", settings, len(store))
 
 
@@ -429,39 +446,125 @@ def _postings(store: PassageStore, settings: Bm25Settings, rows: range) -> tuple
     }
 
 
-def _merge_parts(parts: Sequence[Path], settings: Bm25Settings, path: Path) -> None:
-    """Turn the counted parts into one scored index, a band of terms after the other."""
-    path.mkdir()
-    # 1. One vocabulary, and every part's place in it. Both are in code-point order: a band of terms is a slice of each.
-    vocabularies = [_load_terms(part / "vocab.arrow") for part in parts]
-    every = pc.unique(pa.chunked_array(vocabularies, pa.large_string()))
-    terms = every.take(pc.sort_indices(every))
-    places = [pc.index_in(vocabulary, terms).to_numpy(zero_copy_only=False) for vocabulary in vocabularies]
-    pointers = [np.load(part / "indptr.npy", allow_pickle=False) for part in parts]
-    # 2. What BM25 needs to know of the whole collection.
-    with_term = np.zeros(len(terms), np.int64)
-    for place, pointer in zip(places, pointers, strict=True):
-        with_term[place] += np.diff(pointer)
-    lengths = np.concatenate([np.load(part / "lengths.npy", allow_pickle=False) for part in parts])
-    idf = np.array([bm25_idf(len(lengths), count) for count in with_term.tolist()], np.float32)
-    mean_length = float(lengths.mean())
-    indptr = np.concatenate([[0], np.cumsum(with_term)])
+def _merge_parts(parts: Sequence[Path], settings: Bm25Settings, path: Path, memory: int) -> None:
+    """Turn the counted parts into one scored index, a band of terms after the other; what grows with them is on disk.
+
+    Working files: of each part (v terms) places, int64 (v,), the number of each of its terms in the whole; and lengths,
+    int32 (N,), the passages' lengths.
+    """
+    scratch = path / "merge"
+    scratch.mkdir(parents=True)
+    places = [scratch / f"places-{number:06d}" for number in range(len(parts))]
+    # 1. One vocabulary, the number of passages with each term as indptr, and every part's place in both.
+    _merge_vocabularies(parts, places, path, memory // (_TERM_MEMORY * len(parts)))
+    indptr = np.load(path / "indptr.csc.index.npy", mmap_mode="r", allow_pickle=False)
+    # 2. What else BM25 needs to know of the whole collection.
+    passages, total = 0, 0
+    with NpyWriter(scratch / "lengths.npy", np.int32) as writer:
+        for part in parts:
+            of_part = np.load(part / "lengths.npy", allow_pickle=False)
+            writer.append(of_part)
+            passages, total = passages + len(of_part), total + int(of_part.sum(dtype=np.int64))
+    lengths = np.load(scratch / "lengths.npy", mmap_mode="r", allow_pickle=False)
     # 3. Postings, written band by band: within a term the parts follow each other, so rows ascend.
-    data = _NpyWriter(path / "data.csc.index.npy", np.float32, int(indptr[-1]))
-    indices = _NpyWriter(path / "indices.csc.index.npy", np.int32, int(indptr[-1]))
+    data = NpyWriter(path / "data.csc.index.npy", np.float32)
+    indices = NpyWriter(path / "indices.csc.index.npy", np.int32)
     with data, indices:
-        for low, high in _bands(indptr):
-            band = _Band.empty(indptr[low : high + 1])
-            for part, place, pointer in zip(parts, places, pointers, strict=True):
-                band.add(part, place, pointer, range(low, high))
-            band_terms = np.repeat(np.arange(low, high), with_term[low:high])
-            saturation = bm25_saturation(band.counts, lengths[band.rows], mean_length, settings.k1, settings.b)
-            data.append((idf[band_terms] * saturation).astype(np.float32))
-            indices.append(band.rows)
-    np.save(path / "indptr.csc.index.npy", indptr, allow_pickle=False)
-    # 4. The vocabulary for us, and what bm25s wants to read.
-    _save_terms(path / "vocab.arrow", terms)
-    _save_for_bm25s(path, terms, settings, len(lengths))
+        for low, high in _bands(indptr, min(_BAND_POSTINGS, memory // _POSTING_MEMORY)):
+            with_term = np.diff(indptr[low : high + 1])
+            idf = _idf(passages, with_term)
+            for terms, rows, counts in _band_postings(parts, places, indptr[low : high + 1], low):
+                share = bm25_saturation(counts, lengths[rows], total / passages, settings.k1, settings.b)
+                data.append((idf[terms] * share).astype(np.float32))
+                indices.append(rows)
+    # 4. What bm25s wants to read.
+    shutil.rmtree(scratch)
+    _save_for_bm25s(path, settings, passages)
+
+
+def _merge_vocabularies(parts: Sequence[Path], places: Sequence[Path], path: Path, block: int) -> None:
+    """Write vocab.arrow and indptr of the whole, and the places of the parts, from `block` terms of each at a time.
+
+    All vocabularies are in code-point order. What is merged in a step ends with the term that ends the first block to
+    end, so that no later block has a term before it. Files are open one at a time: a process may hold a thousand.
+    """
+    block = max(block, 1)
+    sizes = [len(_load_terms(part / "vocab.arrow")) for part in parts]
+    heads = [0] * len(parts)  # of each part, where its next block begins
+    found, postings = 0, 0
+    with NpyWriter(path / "indptr.csc.index.npy", np.int64) as indptr, _TermWriter(path / "vocab.arrow") as terms:
+        indptr.append(np.zeros(1))
+        while heads != sizes:
+            # 1. The next terms of every part, up to the same one.
+            unended = [number for number, head in enumerate(heads) if head + block < sizes[number]]
+            ends = [_load_terms(parts[number] / "vocab.arrow")[heads[number] + block - 1].as_py() for number in unended]
+            slices = [
+                _terms_up_to(part, head, block, min(ends, default=None))
+                for part, head in zip(parts, heads, strict=True)
+            ]
+            # 2. Their numbers in the whole.
+            coded = pa.concat_arrays(slices).dictionary_encode()
+            order = pc.sort_indices(coded.dictionary)
+            rank = np.empty(len(order), np.int64)
+            rank[order.to_numpy()] = np.arange(len(order))
+            numbers = np.split(rank[coded.indices.to_numpy()], np.cumsum([len(own) for own in slices])[:-1])
+            # 3. How many passages have each, and what the parts want to know later.
+            with_term = np.zeros(len(order), np.int64)
+            for number, (part, own) in enumerate(zip(parts, numbers, strict=True)):
+                pointers = np.load(part / "indptr.npy", mmap_mode="r", allow_pickle=False)
+                with_term[own] += np.diff(pointers[heads[number] : heads[number] + len(own) + 1])
+                with places[number].open("ab") as file:
+                    (own + found).tofile(file)
+                heads[number] += len(own)
+            indptr.append(postings + np.cumsum(with_term))
+            terms.append(coded.dictionary.take(order))
+            found, postings = found + len(order), postings + int(with_term.sum())
+
+
+def _terms_up_to(part: Path, head: int, block: int, last: str | None) -> Any:
+    """A copy of at most `block` terms of a part from `head` on, none behind `last` (None: all of them)."""
+    vocabulary = _load_terms(part / "vocab.arrow")
+    stop = min(head + block, len(vocabulary))
+    if last is not None:
+        stop = bisect_right(range(stop), last, lo=head, key=lambda at: vocabulary[at].as_py())
+    return pc.take(vocabulary.slice(head, stop - head), pa.array(range(stop - head), pa.int64())).combine_chunks()
+
+
+def _idf(passages: int, with_term: np.ndarray) -> np.ndarray:
+    """float32 (n,): the idf of n terms, computed once for each number of passages that a term may be in."""
+    distinct, which = np.unique(with_term, return_inverse=True)
+    return np.array([bm25_idf(passages, count) for count in distinct.tolist()], np.float32)[which]
+
+
+def _band_postings(
+    parts: Sequence[Path], places: Sequence[Path], indptr: np.ndarray, low: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The postings of the terms from `low` on whose pointers are `indptr`, in order: term (from 0), row, count.
+
+    One term alone comes part by part: it may be in every passage.
+    """
+    high = low + len(indptr) - 1
+    if high - low > 1:
+        band = _Band.empty(indptr)
+        for part, place in zip(parts, places, strict=True):
+            band.add(part, place, range(low, high))
+        yield np.repeat(np.arange(high - low), np.diff(indptr)), band.rows, band.counts
+        return
+    for part, place in zip(parts, places, strict=True):
+        first, last = _terms_within(part, place, low, high)[1][[0, -1]]
+        rows, counts = (
+            np.load(part / f"{array}.npy", mmap_mode="r", allow_pickle=False)[first:last]
+            for array in ("rows", "counts")
+        )
+        yield np.zeros(len(rows), np.int64), rows, counts.astype(np.float32)
+
+
+def _terms_within(part: Path, place: Path, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers in the whole of a part's terms between `low` and `high`, and the pointers to their postings there."""
+    numbers = np.memmap(place, np.int64, "r") if place.stat().st_size else np.empty(0, np.int64)
+    pointers = np.load(part / "indptr.npy", mmap_mode="r", allow_pickle=False)
+    start, stop = np.searchsorted(numbers, [low, high])
+    return np.asarray(numbers[start:stop]), np.asarray(pointers[start : stop + 1])
 
 
 @dataclass(slots=True)
@@ -477,52 +580,33 @@ class _Band:
         size = int(indptr[-1] - indptr[0])
         return cls(np.empty(size, np.int32), np.empty(size, np.float32), indptr[:-1] - indptr[0])
 
-    def add(self, part: Path, place: np.ndarray, pointer: np.ndarray, band: range) -> None:
-        """Put a part's postings of the band's terms behind what is there. `place`: the part's term ids in the whole."""
-        low, high = np.searchsorted(place, [band.start, band.stop])
-        counts, terms = np.diff(pointer[low : high + 1]), place[low:high] - band.start
+    def add(self, part: Path, place: Path, band: range) -> None:
+        """Put a part's postings of the band's terms behind what is there."""
+        numbers, pointers = _terms_within(part, place, band.start, band.stop)
+        counts, terms = np.diff(pointers), numbers - band.start
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         target = np.repeat(self.heads[terms], counts) + within
         for array, values in (("rows", self.rows), ("counts", self.counts)):
             source = np.load(part / f"{array}.npy", mmap_mode="r", allow_pickle=False)
-            values[target] = source[pointer[low] : pointer[high]]
+            values[target] = source[pointers[0] : pointers[-1]]
         self.heads[terms] += counts
 
 
-def _bands(indptr: np.ndarray) -> list[tuple[int, int]]:
-    """Cut the terms into bands of about `_BAND_POSTINGS` postings, one term at least."""
-    bands, low, last = [], 0, len(indptr) - 1
+def _bands(indptr: np.ndarray, postings: int) -> Iterator[tuple[int, int]]:
+    """Cut the terms into bands of at most `postings` postings, one term at least."""
+    low, last = 0, len(indptr) - 1
     while low < last:
-        high = max(int(np.searchsorted(indptr, indptr[low] + _BAND_POSTINGS, "right")) - 1, low + 1)
-        bands.append((low, high))
+        high = max(int(np.searchsorted(indptr, indptr[low] + postings, "right")) - 1, low + 1)
+        yield low, high
         low = high
-    return bands
 
 
-class _NpyWriter:
-    """Writes a one-dimensional npy file of known length piece by piece."""
-
-    def __init__(self, path: Path, dtype: type[np.generic], length: int) -> None:
-        self._file = path.open("wb")
-        self._dtype = np.dtype(dtype)
-        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (length,)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-    def append(self, values: np.ndarray) -> None:
-        np.ascontiguousarray(values, self._dtype).tofile(self._file)
-
-    def __enter__(self) -> "_NpyWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
-def _save_for_bm25s(path: Path, terms: Any, settings: Bm25Settings, passages: int) -> None:
+def _save_for_bm25s(path: Path, settings: Bm25Settings, passages: int) -> None:
+    terms = _load_terms(path / "vocab.arrow")
     with (path / "vocab.index.json").open("w", encoding="utf-8") as file:
         file.write("{")
-        for start in range(0, len(terms), 100_000):
-            names = terms.slice(start, 100_000).to_pylist()
+        for start in range(0, len(terms), 10_000):
+            names = terms.slice(start, 10_000).to_pylist()
             ids = dict(zip(names, range(start, start + len(names)), strict=True))
             file.write((", " if start else "") + json.dumps(ids, ensure_ascii=False)[1:-1])
         file.write("}")
@@ -531,15 +615,46 @@ def _save_for_bm25s(path: Path, terms: Any, settings: Bm25Settings, passages: in
     (path / "params.index.json").write_text(json.dumps(params, indent=4), encoding="utf-8")
 
 
+class _TermWriter:
+    """Writes terms as an Arrow file, to be mapped by `_load_terms`, in batches that do not depend on how they come."""
+
+    def __init__(self, path: Path) -> None:
+        self._sink = pa.OSFile(str(path), "wb")
+        self._schema = pa.schema([("term", pa.large_string())])
+        self._file = pa.ipc.new_file(self._sink, self._schema)
+        self._waiting: Any = pa.chunked_array([], pa.large_string())
+        self._is_empty = True
+
+    def append(self, terms: Any) -> None:
+        self._waiting = pa.chunked_array([*self._waiting.chunks, terms], pa.large_string())
+        while len(self._waiting) >= _BATCH_TERMS:
+            self._write(self._waiting.slice(0, _BATCH_TERMS))
+            self._waiting = self._waiting.slice(_BATCH_TERMS)
+
+    def _write(self, terms: Any) -> None:
+        joined = pa.concat_arrays(terms.chunks) if terms.num_chunks else pa.array([], pa.large_string())
+        self._file.write_batch(pa.record_batch([joined], schema=self._schema))
+        self._is_empty = False
+
+    def __enter__(self) -> "_TermWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if len(self._waiting) or self._is_empty:
+            self._write(self._waiting)
+        self._file.close()
+        self._sink.close()
+
+
 def _save_terms(path: Path, terms: Any) -> None:
-    """Write an array of strings as an Arrow file, to be mapped by `_load_terms`."""
-    batch = pa.record_batch([terms], names=["term"])
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
-        writer.write_batch(batch)
+    with _TermWriter(path) as writer:
+        writer.append(terms)
 
 
 def _load_terms(path: Path) -> Any:
-    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0).column(0)
+    """The terms as a pyarrow.ChunkedArray over the mapped file."""
+    file = pa.ipc.open_file(pa.memory_map(str(path)))
+    return pa.chunked_array([file.get_batch(number).column(0) for number in range(file.num_record_batches)])
 
 
 def _check_reference(passages: int) -> None:

@@ -34,6 +34,7 @@ Titles = Literal["space", "newline", "pair", "none"]
 Segments = Literal["tokenizer", "zero"]
 
 PART_ROWS = 8192  # passages a part: a minute or two of work on two cores, which is what a kill costs at most
+_TEXT_BYTES = 32 << 20  # text that is tokenised at once: five parts of 100-word passages, or 32 of a million characters
 _LENGTH_STEP = 8  # batches are padded to multiples of this, because ever-changing shapes make the CPU allocator grow
 _LONGEST = 512  # tokens, if neither settings nor the folder know a limit
 # Names of a model's inputs, and of the fields of tokenizers.Encoding that fill them.
@@ -168,7 +169,7 @@ def save_passage_vectors(
             stop = min(start + part_rows, len(store))
             draft.part(
                 f"{name}/part-{part:05d}.npy",
-                lambda path, start=start, stop=stop: _save_vectors(path, encoder, store.slice(start, stop)),  # type: ignore[misc]
+                lambda path, rows=range(start, stop): _save_vectors(path, encoder, store, rows),  # type: ignore[misc]
             )
             bar.advance(stop - start)
 
@@ -443,12 +444,15 @@ def _load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _save_vectors(path: Path, encoder: Encoder, passages: Sequence[Passage]) -> None:
+def _save_vectors(path: Path, encoder: Encoder, store: PassageStore, rows: range) -> None:
+    pieces = store.ranges(rows=len(rows), size=_TEXT_BYTES, within=rows)
     with np.errstate(over="ignore"):  # reported below
-        vectors = encoder.encode_passages(passages).astype(encoder.settings.store_dtype)
+        vectors = np.concatenate(
+            [encoder.encode_passages(store.slice(piece.start, piece.stop)) for piece in pieces]
+        ).astype(encoder.settings.store_dtype)
     if not np.isfinite(vectors).all():
         raise DataError(
-            f"the encoder gives NaN or infinity for a passage near id {passages[0].id!r}; try dtype: float32 and"
+            f"the encoder gives NaN or infinity for a passage near id {store[rows.start].id!r}; try dtype: float32 and"
             " store_dtype: float32."
         )
     with path.open("wb") as file:

@@ -18,7 +18,8 @@ from odqa.corpus.store import PassageStore
 from odqa.errors import DataError
 from odqa.retrieve.dense import Encoder
 from odqa.retrieve.dpr_embeddings import iterate_embeddings, read_ids
-from odqa.retrieve.vectors import Metric, VectorParts, read_faiss
+from odqa.retrieve.parts import VectorParts
+from odqa.retrieve.vectors import Metric, read_faiss
 
 _PART_ROWS = 100_000  # rows of a part: few files, and each is filled in whatever order the ids come
 _SAMPLE = 8  # ours: passages that are encoded again

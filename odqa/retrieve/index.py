@@ -22,6 +22,7 @@ from odqa.corpus.store import PART_ROWS, PassageStore, save_store
 from odqa.errors import ArtifactError, ArtifactMismatch
 from odqa.retrieve.bm25 import Bm25Searcher, Bm25Settings, ReferenceSearcher, build_bm25, load_bm25
 from odqa.retrieve.dense import Encoder, EncoderSettings, fingerprint, save_passage_vectors, tokenizer_fingerprint
+from odqa.retrieve.faiss_build import check_build
 from odqa.retrieve.fuse import Normalise, alpha_fusion, reciprocal_rank_fusion, weighted_fusion
 from odqa.retrieve.given import GivenVectors, place_embeddings, place_index
 from odqa.retrieve.rankings import Rankings, Searcher, check_depth
@@ -30,6 +31,7 @@ from odqa.runtime import peak_memory_bytes
 from odqa.types import Hit, Passage, Query
 
 KIND = "index"
+MEMORY_BUDGET = 4_000_000_000  # bytes: what the smallest machine that we build for can spare
 
 
 def build_index(
@@ -44,6 +46,7 @@ def build_index(
     recipe: Mapping[str, Any] | None = None,
     device: str = "auto",
     part_rows: int = PART_ROWS,
+    memory_budget: int = MEMORY_BUDGET,
 ) -> "Index":
     """Build the index `path` from a stream of passages, and open it.
 
@@ -52,7 +55,12 @@ def build_index(
     not be made (DataError if they are not the encoder's). `recipe` is the resolved recipe for the manifest (default:
     the settings). A killed build continues when it is called again with the same
     arguments and a stream of the same passages; the stream is not touched if the store was finished.
+
+    `memory_budget`: bytes that the process may take, however many passages come; three quarters of it are for what they
+    are made into, the rest for programs and the encoder. It is no property of the index: postings and FAISS indexes
+    are the same bytes under any. DataError before a passage is encoded if a FAISS type needs more.
     """
+    memory = memory_budget * 3 // 4
     dense = Encoder(encoder, device=device) if encoder else None
     vectors = vectors or VectorSettings()
     settings: dict[str, Any] = {"part_rows": part_rows}
@@ -66,16 +74,22 @@ def build_index(
             given.check(dense)
             inputs["vectors"] = given.identity
     inputs["settings"] = sha256_json(settings)
-    scratch = ("passages.marks", "bm25.parts", *(() if vectors.keeps_vectors else ("dense/vectors",)))
+    scratch: tuple[str, ...] = ("passages.marks", "bm25.parts", "dense/search/index.faiss.shards")
+    if not vectors.keeps_vectors:
+        scratch += ("dense/vectors",)
     with building(path, KIND, recipe=recipe or settings, inputs=inputs, scratch=scratch) as draft:
-        save_store(passages, draft, part_rows=part_rows)
+        save_store(passages, draft, part_rows=part_rows, memory=memory)
         store = PassageStore.open(draft.path / "passages")
         draft.counts["passages"] = len(store)
+        makes_vectors = dense is not None and not draft.has("dense/search/search.json")
+        if dense and makes_vectors and vectors.faiss is not None and (given is None or given.faiss is None):
+            rows, width = len(store), dense.width
+            check_build(vectors.faiss, width, rows=rows, train_rows=vectors.train_rows, memory=memory)
         if bm25:
-            build_bm25(store, bm25, draft)
+            build_bm25(store, bm25, draft, memory=memory)
         if dense:
-            if not draft.has("dense/search/search.json"):
-                _make_vectors(dense, store, vectors, given, draft)
+            if makes_vectors:
+                _make_vectors(dense, store, vectors, given, draft, memory)
             draft.write_json(
                 "dense/encoder.json",
                 {
@@ -86,12 +100,17 @@ def build_index(
             )
         if recipe is not None:
             draft.extra["settings"] = settings
-        draft.measured["peak_memory_bytes"] = peak_memory_bytes()
-    return load_index(path)
+        draft.measured |= {"peak_memory_bytes": peak_memory_bytes(), "memory_budget": memory_budget}
+    return load_index(path, device=device)
 
 
 def _make_vectors(
-    encoder: Encoder, store: PassageStore, settings: VectorSettings, given: GivenVectors | None, draft: Draft
+    encoder: Encoder,
+    store: PassageStore,
+    settings: VectorSettings,
+    given: GivenVectors | None,
+    draft: Draft,
+    memory: int,
 ) -> None:
     """Make or take over the passage vectors, and make them searchable."""
     if given is not None and given.faiss is not None:
@@ -101,7 +120,7 @@ def _make_vectors(
         place_embeddings(given, encoder, store, draft, "dense/vectors")
     else:
         save_passage_vectors(encoder, store, draft, "dense/vectors")
-    build_vectors(draft.path / "dense/vectors", settings, draft, "dense/search")
+    build_vectors(draft.path / "dense/vectors", settings, draft, "dense/search", memory=memory)
 
 
 def load_index(
@@ -116,6 +135,7 @@ def load_index(
 
     `encoder` is where the question encoder lies now (default: the name the index was built with); one with other
     weights is refused when `dense` is asked for. `search` replaces stored FAISS knobs. `verify` compares all hashes.
+    `device`: where questions are encoded; one that is named also searches there (auto: the processor does).
     """
     return Index(load_artifact(Path(path), KIND, verify=verify), encoder=encoder, device=device, search=search)
 
@@ -174,7 +194,13 @@ class Index:
                 f"{self.path}: built with another tokenizer than that of {settings.question_model}, though the weights"
                 " are the same. Use the tokenizer files of that time or build the index again."
             )
-        vectors = load_vectors(self.path / "dense/search", self.path / "dense/vectors", search=self._search)
+        vectors = load_vectors(
+            self.path / "dense/search",
+            self.path / "dense/vectors",
+            search=self._search,
+            passages=self.artifact.manifest["counts"]["passages"],
+            device="cpu" if self._device == "auto" else self._device,
+        )
         return DenseSearcher(encoder, vectors)
 
 

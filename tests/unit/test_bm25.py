@@ -3,16 +3,19 @@
 import json
 import math
 import sys
+import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from odqa.artifacts import Draft, sha256_file
 from odqa.corpus.store import PassageStore, save_store
-from odqa.errors import ArtifactError, DataError, MissingExtra
+from odqa.errors import ArtifactError, ArtifactMismatch, DataError, MissingExtra
 from odqa.retrieve import bm25
 from odqa.retrieve.bm25 import Analyzer, Bm25Searcher, Bm25Settings, ReferenceSearcher, build_bm25, load_bm25
 from odqa.types import Passage
@@ -273,3 +276,109 @@ def use_stemmer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def hashes(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): sha256_file(file) for file in folder.rglob("*") if file.is_file()}
+
+
+# --- bounded memory
+
+
+def test_a_small_memory_gives_the_same_bytes_from_many_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passages = random_passages(300)
+    build(tmp_path / "whole", passages)
+    monkeypatch.setattr(bm25, "_BATCH_TERMS", 50)  # vocab.arrow in several batches, the same in both builds
+    expected = build(tmp_path / "batches", passages)
+    store = PassageStore.open(tmp_path / "batches/passages")
+    bands: list[int] = []
+    empty = bm25._Band.empty
+    monkeypatch.setattr(bm25._Band, "empty", lambda indptr: bands.append(int(indptr[-1] - indptr[0])) or empty(indptr))
+    draft = Draft(tmp_path / "small")
+    memory = 60 * 1000  # 1000 bytes of text a part, 468 postings a band
+    build_bm25(store, expected.settings, draft, memory=memory)
+    parts = sorted((tmp_path / "small/bm25.parts").iterdir())
+    texts = [len(f"{passage.title}{passage.text}".encode()) for passage in passages]
+    assert len(parts) > 10
+    assert all(sum(texts[slice(*map(int, part.name.split("-")))]) <= 1000 for part in parts)
+    assert len(bands) > 5 and max(bands) <= memory // 128
+    assert hashes(tmp_path / "small/bm25") == hashes(tmp_path / "batches/bm25")
+    whole = load_bm25(tmp_path / "whole/bm25", store).search(QUERIES, 50)
+    found = load_bm25(tmp_path / "small/bm25", store).search(QUERIES, 50)
+    assert (found.rows == whole.rows).all() and (found.scores == whole.scores).all()
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 1000])
+def test_vocabularies_are_merged_in_blocks_of_any_size(tmp_path: Path, block: int) -> None:
+    own = [["a", "c", "e", "é"], [], ["b", "c", "z"], ["aa"], ["z"]]
+    parts, places = [], []
+    for number, terms in enumerate(own):
+        (tmp_path / f"{number}").mkdir()
+        bm25._save_terms(tmp_path / f"{number}/vocab.arrow", pa.array(terms, pa.large_string()))
+        np.save(tmp_path / f"{number}/indptr.npy", np.arange(len(terms) + 1) * 2)  # two postings of each
+        parts.append(tmp_path / f"{number}")
+        places.append(tmp_path / f"places-{number}")
+    bm25._merge_vocabularies(parts, places, tmp_path, block)
+    merged = bm25._load_terms(tmp_path / "vocab.arrow").to_pylist()
+    assert merged == ["a", "aa", "b", "c", "e", "z", "é"]
+    # a, aa, b, e and é are in one part, c and z in two: 2 or 4 postings each.
+    assert np.load(tmp_path / "indptr.csc.index.npy").tolist() == [0, 2, 4, 6, 10, 12, 16, 18]
+    for terms, place in zip(own, places, strict=True):
+        numbers = np.fromfile(place, np.int64) if place.exists() else np.empty(0, np.int64)
+        assert [merged[number] for number in numbers] == terms
+
+
+def test_a_term_in_every_passage_is_written_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passages = [Passage(str(number), "everywhere " * (1 + number % 3)) for number in range(1, 101)]
+    expected = build(tmp_path / "whole", passages).search(["everywhere"], 100)
+    monkeypatch.setattr(bm25, "_PART_ROWS", 9)
+    monkeypatch.setattr(bm25, "_BAND_POSTINGS", 10)
+    pieces: list[int] = []
+    saturation = bm25.bm25_saturation
+    monkeypatch.setattr(
+        bm25, "bm25_saturation", lambda count, *rest: pieces.append(len(count)) or saturation(count, *rest)
+    )
+    found = build(tmp_path / "parts", passages).search(["everywhere"], 100)
+    assert (found.rows == expected.rows).all() and (found.scores == expected.scores).all()
+    assert max(pieces) <= 10 and sum(pieces) == 100
+
+
+def test_opening_reads_no_vocabulary(tmp_path: Path) -> None:
+    """2 million terms: their text would be 30 MB; what opening and a look-up allocate is a thousandth of it."""
+    folder = tmp_path / "postings"
+    folder.mkdir()
+    with bm25._TermWriter(folder / "vocab.arrow") as writer:
+        for start in range(0, 2_000_000, 100_000):
+            numbers = pa.array(np.arange(start, start + 100_000)).cast(pa.large_string())
+            writer.append(pc.utf8_lpad(numbers, 15, "0"))
+    np.lib.format.open_memmap(folder / "indptr.csc.index.npy", "w+", np.int64, (2_000_001,))
+    for array, dtype in (("data", np.float32), ("indices", np.int32)):
+        np.save(folder / f"{array}.csc.index.npy", np.empty(0, dtype))
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    searcher = Bm25Searcher(folder, Bm25Settings(), 1)
+    assert searcher._term_id("000000001234567") == 1_234_567
+    assert searcher._term_id("12") == -1
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200_000 and pa.total_allocated_bytes() - before < 200_000
+
+
+def test_postings_of_another_collection_are_refused(tmp_path: Path) -> None:
+    build(tmp_path, RIVERS)
+    save_store(RIVERS[:4], Draft(tmp_path / "other"))
+    with pytest.raises(ArtifactMismatch, match=r"postings of 6 passages, but .* has 4"):
+        load_bm25(tmp_path / "bm25", PassageStore.open(tmp_path / "other/passages"))
+
+
+@pytest.mark.parametrize(
+    "text", ["北京", "東京 北京", "ÆNIMA", "naïve", "\u200f", "\x00 \ud83d", "🦋🦋", "नदी", "a" * 100_000]
+)
+def test_queries_in_any_script_find_their_terms_or_nothing(tmp_path: Path, text: str) -> None:
+    found = build(tmp_path, RIVERS).search([text], 3)
+    expected = [5] if any(term in text.lower() for term in ("北京", "東京", "ænima", "naïve")) else []
+    assert [row for row in found.rows[0].tolist() if row >= 0] == expected
+
+
+def test_empty_and_million_character_passages_are_indexed_like_others(tmp_path: Path) -> None:
+    giant = "tiber " + "word " * 200_000
+    searcher = build(tmp_path, [Passage("1", ""), Passage("2", giant), Passage("3", "x" * 1_000_000), RIVERS[3]])
+    found = searcher.search(["tiber", "x" * 1_000_000], 5)
+    assert found.rows[0].tolist() == [3, 1, -1, -1], "the shorter passage first"
+    assert found.rows[1].tolist() == [2, -1, -1, -1]

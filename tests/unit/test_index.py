@@ -12,8 +12,10 @@ import pytest
 from odqa.artifacts import Draft, load_artifact
 from odqa.corpus.store import PassageStore
 from odqa.errors import ArtifactError, ArtifactMismatch, DataError
+from odqa.retrieve import dense
+from odqa.retrieve import index as module
 from odqa.retrieve.bm25 import Analyzer, Bm25Settings
-from odqa.retrieve.dense import EncoderSettings
+from odqa.retrieve.dense import Encoder, EncoderSettings
 from odqa.retrieve.index import (
     AlphaHybridRetriever,
     Bm25Retriever,
@@ -23,7 +25,7 @@ from odqa.retrieve.index import (
     build_index,
     load_index,
 )
-from odqa.retrieve.vectors import VectorSettings
+from odqa.retrieve.vectors import DeviceVectors, ExactVectors, VectorSettings
 from odqa.types import Passage, Query
 from tests.tiny_models import tiny_bert
 from tests.unit.conformance import COLLECTION, RetrieverConformance, ids
@@ -355,3 +357,98 @@ def test_the_encoder_file_names_encoder_and_weights(index: Index, bert: Path) ->
     built = json.loads((index.path / "dense/encoder.json").read_text())
     assert built["settings"]["question_model"] == str(bert)
     assert len(built["weights"]["question"]) == 64
+
+
+# --- bounded memory
+
+
+def test_a_budget_changes_no_file_of_the_index_but_the_stores_parts(tmp_path: Path, encoder: EncoderSettings) -> None:
+    vectors = VectorSettings(faiss="IVF2,SQ8", train_rows=5)
+    settings = {"source": SOURCE, "bm25": Bm25Settings(), "encoder": encoder, "vectors": vectors}
+    whole = build_index(tmp_path / "whole", COLLECTION, **settings)  # type: ignore[arg-type]
+    small = build_index(tmp_path / "small", COLLECTION, memory_budget=2500, **settings)  # type: ignore[arg-type]
+    assert len(small.store.part_rows) > len(whole.store.part_rows) == 1
+    assert list(small.store) == list(whole.store)
+    files = [
+        {name: entry for name, entry in index.artifact.manifest["files"].items() if not name.startswith("passages/")}
+        for index in (whole, small)
+    ]
+    assert files[0] == files[1] and len(files[0]) > 5
+    assert small.artifact.manifest["measured"]["memory_budget"] == 2500
+    assert not [*small.path.rglob("*.shards"), *small.path.rglob("*.parts")]
+
+
+def test_an_index_type_that_needs_more_is_refused_before_a_passage_is_encoded(
+    tmp_path: Path, encoder: EncoderSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "save_passage_vectors", lambda *_: pytest.fail("a passage was encoded"))
+    monkeypatch.setattr(module, "build_bm25", lambda *_, **__: pytest.fail("a passage was counted"))
+    with pytest.raises(DataError, match=r"'HNSW32' is built in one piece: .* set memory_budget"):
+        build_index(
+            tmp_path / "index",
+            COLLECTION,
+            source=SOURCE,
+            bm25=Bm25Settings(),
+            encoder=encoder,
+            vectors=VectorSettings(faiss="HNSW32"),
+            memory_budget=2000,
+        )
+    assert not (tmp_path / "index").exists()
+
+
+def test_refinement_from_disk_keeps_what_it_needs(tmp_path: Path, encoder: EncoderSettings) -> None:
+    exact = build_index(tmp_path / "exact", COLLECTION, source=SOURCE, encoder=encoder)
+    expected = DenseRetriever(exact).retrieve([Query("q", "tiber")], 3)[0]
+    for refine, kept in (("vectors", True), ("int8", False)):
+        vectors = VectorSettings(faiss="PQ2x2", train_rows=9, refine=refine, refine_factor=9)  # type: ignore[arg-type]
+        index = build_index(tmp_path / refine, COLLECTION, source=SOURCE, encoder=encoder, vectors=vectors)
+        assert (index.path / "dense/vectors").exists() is kept
+        found = DenseRetriever(load_index(index.path)).retrieve([Query("q", "tiber")], 3)[0]
+        assert [hit.score for hit in found] == pytest.approx([hit.score for hit in expected], abs=0.02)
+
+
+def test_a_device_that_is_named_searches_there_with_the_same_hits(tmp_path: Path, encoder: EncoderSettings) -> None:
+    path = build_index(tmp_path / "index", COLLECTION, source=SOURCE, encoder=encoder).path
+    on_processor, named = load_index(path), load_index(path, device="cpu:0")
+    assert isinstance(named.dense.vectors, DeviceVectors) and isinstance(on_processor.dense.vectors, ExactVectors)
+    for text in ("tiber", "北京", ""):
+        found, expected = named.dense.search([text], 5), on_processor.dense.search([text], 5)
+        assert (found.rows == expected.rows).all() and (found.scores == expected.scores).all()
+
+
+# --- an index that was changed
+
+
+def test_passages_that_were_exchanged_are_refused(tmp_path: Path) -> None:
+    ours = build_index(tmp_path / "ours", COLLECTION, source=SOURCE, bm25=Bm25Settings())
+    fewer = build_index(tmp_path / "fewer", COLLECTION[:3], source=SOURCE, bm25=Bm25Settings())
+    shutil.rmtree(ours.path / "passages")
+    shutil.copytree(fewer.path / "passages", ours.path / "passages")
+    with pytest.raises(ArtifactError, match="the manifest says"):
+        load_index(ours.path)
+
+
+def test_a_passage_that_was_changed_in_place_is_found_by_verifying(tmp_path: Path) -> None:
+    index = build_index(tmp_path / "index", COLLECTION, source=SOURCE, bm25=Bm25Settings())
+    file = index.path / "passages/part-00000.arrow"
+    data = file.read_bytes()
+    word = COLLECTION[0].text.split()[1].encode()
+    file.write_bytes(data.replace(word, b"x" * len(word)))  # as many bytes: only the hash tells
+    with pytest.raises(ArtifactError, match="damaged"):
+        load_index(index.path, verify=True)
+
+
+def test_long_and_empty_passages_are_encoded_a_few_at_a_time(
+    tmp_path: Path, encoder: EncoderSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["", "tiber " * 20_000, "seine", "rome " * 20_000, ""]
+    passages = [Passage(str(number), text) for number, text in enumerate(texts, 1)]
+    whole = build_index(tmp_path / "whole", passages, source=SOURCE, encoder=encoder)
+    seen: list[int] = []
+    encode = Encoder.encode_passages
+    monkeypatch.setattr(Encoder, "encode_passages", lambda self, some: seen.append(len(some)) or encode(self, some))
+    monkeypatch.setattr(dense, "_TEXT_BYTES", 130_000)
+    pieces = build_index(tmp_path / "pieces", passages, source=SOURCE, encoder=encoder)
+    assert seen == [3, 2]
+    rows = [index.dense.search(["tiber"], 5).rows.tolist() for index in (whole, pieces)]
+    assert rows[0] == rows[1]

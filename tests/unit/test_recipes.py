@@ -500,7 +500,7 @@ def _pairs() -> dict[str, tuple[type[config.Settings], Any, set[str]]]:
         "alpha-hybrid": (config.AlphaHybridRetriever, AlphaHybridRetriever, {"alpha"}),
         "bm25": (config.Bm25, Bm25Settings, {"analyzer"}),
         "analyzer": (config.AnalyzerSettings, Analyzer, {"stop_words"}),
-        "dense": (config.Dense, EncoderSettings, {"vectors", "question_model"}),
+        "dense": (config.Dense, EncoderSettings, {"vectors", "question_model", "device"}),
         "vectors": (config.Vectors, VectorSettings, {"search", "given"}),
         "cross-encoder": (config.CrossEncoder, CrossEncoderReranker, {"model"}),
         "likelihood": (config.QuestionLikelihood, QuestionLikelihoodReranker, {"model", "load_options"}),
@@ -620,3 +620,37 @@ def test_an_index_that_is_older_than_a_setting_has_its_default() -> None:
 def test_recipes_as_values_compare_by_their_settings() -> None:
     first, second = load_recipe(ROOT / "indexes/embedded.yaml"), load_recipe(ROOT / "indexes/embedded.yaml")
     assert first == second and dataclasses.replace(first, path=Path("x")).hash == second.hash
+
+
+@pytest.mark.parametrize(
+    ("written", "size"), [("4 GB", 4 * 10**9), ("1500MB", 15 * 10**8), ("2.5 tb", 25 * 10**11), (10**9, 10**9)]
+)
+def test_a_memory_budget_is_written_with_its_unit(written: object, size: int) -> None:
+    recipe = load_recipe("indexes/nq-open.yaml", settings={"memory_budget": written})
+    assert isinstance(recipe.settings, config.IndexRecipe)
+    assert recipe.settings.memory_budget == size
+
+
+@pytest.mark.parametrize("written", ["4 GiB", "much", "-4 GB", "1e9", "999 MB", "٤ GB"])
+def test_a_memory_budget_that_is_none_is_one_line(written: str) -> None:
+    with pytest.raises(RecipeError, match="memory_budget") as error:
+        load_recipe("indexes/nq-open.yaml", settings={"memory_budget": written})
+    assert "\n" not in str(error.value)
+
+
+def test_where_and_within_what_an_index_is_built_is_not_what_it_is() -> None:
+    plain = load_recipe("indexes/nq-open.yaml")
+    other = load_recipe("indexes/nq-open.yaml", settings={"memory_budget": "64 GB", "dense.device": "cuda:1"})
+    assert other.hash == plain.hash
+
+
+def test_recipes_without_refinement_keep_their_hash() -> None:
+    resolved = load_recipe("indexes/nq-open.yaml").resolved["dense"]["vectors"]
+    assert not {"refine", "refine_factor"} & set(resolved)
+    refined = load_recipe("indexes/nq-open.yaml", settings={"dense.vectors.refine": "int8"})
+    assert (
+        refined.resolved["dense"]["vectors"]["refine"] == "int8"
+        and refined.hash != load_recipe("indexes/nq-open.yaml").hash
+    )
+    with pytest.raises(RecipeError, match=r"dense\.vectors: refine is for a FAISS index"):
+        load_recipe("indexes/nq-mini.yaml", settings={"dense.vectors": {"refine": "int8"}})

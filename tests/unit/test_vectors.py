@@ -1,5 +1,7 @@
 """Exact and FAISS search over vectors in parts."""
 
+import shutil
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,9 +9,19 @@ import numpy as np
 import pytest
 
 from odqa.artifacts import Draft, sha256_file
-from odqa.errors import ArtifactError, DataError
+from odqa.errors import ArtifactError, ArtifactMismatch, DataError
+from odqa.retrieve import faiss_build
 from odqa.retrieve import vectors as module
-from odqa.retrieve.vectors import ExactVectors, FaissVectors, VectorParts, VectorSettings, build_vectors, load_vectors
+from odqa.retrieve.faiss_build import build_memory, check_build
+from odqa.retrieve.parts import VectorParts
+from odqa.retrieve.vectors import (
+    DeviceVectors,
+    ExactVectors,
+    VectorSearcher,
+    VectorSettings,
+    build_vectors,
+    load_vectors,
+)
 
 WIDTH = 16
 
@@ -27,9 +39,7 @@ def save_parts(path: Path, vectors: np.ndarray, rows: int = 37, dtype: str = "fl
     return path
 
 
-def build(
-    path: Path, vectors: np.ndarray, settings: VectorSettings, dtype: str = "float32"
-) -> ExactVectors | FaissVectors:
+def build(path: Path, vectors: np.ndarray, settings: VectorSettings, dtype: str = "float32") -> VectorSearcher:
     save_parts(path / "vectors", vectors, dtype=dtype)
     build_vectors(path / "vectors", settings, Draft(path))
     return load_vectors(path / "search", path / "vectors")
@@ -202,3 +212,224 @@ def test_memory_holds_one_block_of_vectors(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(VectorParts, "blocks", watched)
     searcher.search(unit_vectors(3), 5)
     assert max(seen) <= 1024 and sum(seen) == 6000
+
+
+# --- bounded memory
+
+
+TYPES = ["IVF8,PQ4x4", "OPQ4_8,IVF8,PQ4x4", "PCA8,IVF8,SQ8", "RR,IVF8,RaBitQ3", "IVF8,Flat", "IVF300,SQ4"]
+
+
+@pytest.mark.parametrize("factory", TYPES)
+def test_an_index_that_is_merged_from_shards_is_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str
+) -> None:
+    vectors, settings = unit_vectors(700), VectorSettings(faiss=factory, train_rows=400, search={"nprobe": 3})
+    whole = build(tmp_path / "whole", vectors, settings)
+    save_parts(tmp_path / "little/vectors", vectors)
+    needs = build_memory(factory, WIDTH, train_rows=400)
+    monkeypatch.setattr(faiss_build, "check_build", lambda *_, **__: None)  # 400 rows are more than so little memory
+    # Parts of 37 rows are blocks: three of them in a shard of at most 120 rows, 19 parts make 7 shards.
+    memory = int(120 * needs.vector * 2)
+    build_vectors(tmp_path / "little/vectors", settings, Draft(tmp_path / "little"), memory=memory)
+    shards = sorted(file.name for file in (tmp_path / "little/search/index.faiss.shards").iterdir())
+    assert shards[:3] == ["0000000000-0000000111", "0000000111-0000000222", "0000000222-0000000333"]
+    assert len(shards) == 7 + 1, "and the trained index"
+    digests = {sha256_file(tmp_path / name / "search/index.faiss") for name in ("whole", "little")}
+    assert len(digests) == 1
+    found = load_vectors(tmp_path / "little/search", tmp_path / "little/vectors").search(unit_vectors(9, seed=1), 20)
+    expected = whole.search(unit_vectors(9, seed=1), 20)
+    assert (found.rows == expected.rows).all() and (found.scores == expected.scores).all()
+
+
+def test_a_merge_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_parts(tmp_path / "vectors", unit_vectors(300))
+    settings = VectorSettings(faiss="IVF4,SQ8", train_rows=100)
+    monkeypatch.setattr(faiss_build, "check_build", lambda *_, **__: None)
+    fill, filled = faiss_build._fill, []
+
+    def killed(parts: VectorParts, trained: Path, rows: range, path: Path) -> None:
+        if len(filled) == 2:
+            raise KeyboardInterrupt
+        filled.append(rows)
+        fill(parts, trained, rows, path)
+
+    monkeypatch.setattr(faiss_build, "_fill", killed)
+    memory = 2 * 80 * 24  # 16 bytes of code and 8 of id, twice: 80 rows a shard
+    with pytest.raises(KeyboardInterrupt):
+        build_vectors(tmp_path / "vectors", settings, Draft(tmp_path), memory=memory)
+    monkeypatch.setattr(
+        faiss_build, "_fill", lambda parts, trained, rows, path: filled.append(rows) or fill(parts, trained, rows, path)
+    )
+    build_vectors(tmp_path / "vectors", settings, Draft(tmp_path), memory=memory)
+    assert filled == [range(74), range(74, 148), range(148, 222), range(222, 300)]
+    build_vectors(tmp_path / "vectors", settings, Draft(tmp_path / "whole"))
+    assert sha256_file(tmp_path / "search/index.faiss") == sha256_file(tmp_path / "whole/search/index.faiss")
+
+
+@pytest.mark.parametrize("factory", ["HNSW32", "HNSW32,SQ8", "Flat", "PQ4", "IVF8,PQ4x4fs"])
+def test_a_type_that_is_built_in_one_piece_says_what_it_needs_before_it_starts(tmp_path: Path, factory: str) -> None:
+    save_parts(tmp_path / "vectors", unit_vectors(600))
+    with pytest.raises(DataError, match=r"is built in one piece: 600 vectors of width 16 need up to 0\.\d MB") as error:
+        build_vectors(tmp_path / "vectors", VectorSettings(faiss=factory, train_rows=1), Draft(tmp_path), memory=4000)
+    assert "\n" not in str(error.value) and "memory_budget: 1 GB" in str(error.value)
+    assert not (tmp_path / "search").exists(), "nothing was started"
+
+
+def test_hnsw_over_wikipedia_needs_what_it_is_told_to(tmp_path: Path) -> None:
+    # 768 float32 values, 64 links of 4 bytes: 21,015,324 x (3072 + 256 + some) = 70 GB, twice while it grows.
+    with pytest.raises(DataError, match=r"'HNSW32' .* 21,015,324 vectors of width 768 need up to 14\d\.\d GB"):
+        check_build("HNSW32", 768, rows=21_015_324, train_rows=1000, memory=3_000_000_000)
+    check_build("IVF16384,PQ192", 768, rows=21_015_324, train_rows=655_360, memory=3_000_000_000)
+    check_build("IVF65536,PQ96", 384, rows=10**12, train_rows=1_500_000, memory=3_000_000_000)
+
+
+def test_a_training_sample_that_does_not_fit_says_which_does() -> None:
+    with pytest.raises(
+        DataError, match=r"training 'OPQ64,IVF64,PQ64' on 1,000,000 vectors .* Set train_rows: 424\d\d\d "
+    ) as error:
+        check_build("OPQ64,IVF64,PQ64", 768, rows=10**8, train_rows=1_000_000, memory=3_000_000_000)
+    fits = int(str(error.value).split("train_rows: ")[1].split()[0])
+    check_build("OPQ64,IVF64,PQ64", 768, rows=10**8, train_rows=fits, memory=3_000_000_000)
+
+
+def test_a_sample_of_many_rows_does_not_list_them_all(tmp_path: Path) -> None:
+    path = tmp_path / "vectors"
+    path.mkdir()
+    np.lib.format.open_memmap(path / "part-00000.npy", "w+", np.float16, (40_000_000, 1))  # a hole of 80 MB
+    parts = VectorParts(path)
+    tracemalloc.start()
+    assert parts.sample(1000).shape == (1000, 1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2_000_000, "an array of the rows would be 320 MB"
+
+
+def test_many_parts_keep_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = unit_vectors(300)
+    parts = VectorParts(save_parts(tmp_path / "vectors", vectors, rows=1))
+    monkeypatch.setattr(parts._mapped, "limit", 5)
+    rows = np.random.default_rng(0).permutation(300)
+    assert (parts.rows(rows) == vectors[rows]).all()
+    assert len(parts._mapped) == 5
+    with pytest.raises(IndexError, match="300 vectors"):
+        parts.rows(np.array([0, 300]))
+
+
+# --- refinement
+
+
+@pytest.mark.parametrize("refine", ["vectors", "int8"])
+def test_refinement_brings_back_the_exact_ranking(tmp_path: Path, refine: str) -> None:
+    vectors, queries = unit_vectors(600), unit_vectors(40, seed=1)
+    exact = build(tmp_path / "exact", vectors, VectorSettings()).search(queries, 10)
+    rough = build(tmp_path / "rough", vectors, VectorSettings(faiss="PQ4x4", train_rows=600)).search(queries, 10)
+    settings = VectorSettings(faiss="PQ4x4", train_rows=600, refine=refine, refine_factor=60)  # type: ignore[arg-type]
+    fine = build(tmp_path / "fine", vectors, settings).search(queries, 10)
+    assert _overlap(rough.rows, exact.rows) < 0.7
+    if refine == "vectors":  # all 600 are candidates
+        assert (fine.rows == exact.rows).all() and (fine.scores == exact.scores).all()
+    else:
+        assert _overlap(fine.rows, exact.rows) > 0.97
+        assert fine.scores == pytest.approx(
+            exact.scores, abs=0.01
+        )  # 16 roundings of at most 1/254 of the largest value
+
+
+def _overlap(found: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.mean([len({*one} & {*other}) / len(other) for one, other in zip(found, exact, strict=True)]))
+
+
+def test_a_refined_search_bounds_its_hits_by_k_and_the_collection(tmp_path: Path) -> None:
+    settings = VectorSettings(faiss="Flat", refine="int8")
+    searcher = build(tmp_path, unit_vectors(5), settings)
+    assert searcher.search(unit_vectors(3, seed=1), 2).rows.shape == (3, 2)
+    found = searcher.search(unit_vectors(3, seed=1), 50)
+    assert found.rows.shape == (3, 5) and (np.sort(found.rows) == range(5)).all()
+    with pytest.raises(ValueError, match="k is 0"):
+        searcher.search(unit_vectors(1), 0)
+
+
+def test_a_vector_of_zeros_has_a_code(tmp_path: Path) -> None:
+    vectors = np.vstack([np.zeros((1, WIDTH), np.float32), unit_vectors(3)])
+    found = build(tmp_path, vectors, VectorSettings(faiss="Flat", refine="int8")).search(unit_vectors(1, seed=1), 4)
+    assert found.scores[0][found.rows[0] == 0] == 0 and np.isfinite(found.scores).all()
+
+
+def test_refinement_with_other_vectors_than_the_indexs_is_refused(tmp_path: Path) -> None:
+    build(tmp_path, unit_vectors(100), VectorSettings(faiss="Flat", refine="vectors"))
+    (tmp_path / "vectors/part-00002.npy").unlink()
+    with pytest.raises(ArtifactError, match=r"74 vectors of width 16; the index was made with 100 of width 16"):
+        load_vectors(tmp_path / "search", tmp_path / "vectors")
+
+
+def test_refinement_of_the_exact_search_is_refused() -> None:
+    with pytest.raises(DataError, match="nothing to refine"):
+        VectorSettings(refine="int8")
+    with pytest.raises(DataError, match="refine_factor is 0"):
+        VectorSettings(faiss="Flat", refine="int8", refine_factor=0)
+
+
+# --- other devices
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 1 << 30], ids=["sent", "kept"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_torchs_exact_search_has_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, keep_bytes: int
+) -> None:
+    monkeypatch.setattr(module, "_DEVICE_BYTES", 1)  # blocks of 1024 rows
+    vectors = np.vstack([unit_vectors(900), unit_vectors(300)])  # rows 900 to 1199 tie with rows 0 to 299
+    exact = build(tmp_path, vectors, VectorSettings(), dtype=dtype)
+    assert isinstance(exact, ExactVectors)
+    other = DeviceVectors(exact.parts, "cpu", keep_bytes=keep_bytes)
+    for queries, k in ((unit_vectors(9, seed=1), 50), (unit_vectors(1, seed=2), 1300), (unit_vectors(0), 5)):
+        found, expected = other.search(queries, k), exact.search(queries, k)
+        assert (found.rows == expected.rows).all() and (found.scores == expected.scores).all()
+
+
+def test_a_device_that_is_not_here_is_a_data_error(tmp_path: Path) -> None:
+    build(tmp_path, unit_vectors(30), VectorSettings())
+    with pytest.raises(DataError, match="is not here"):
+        load_vectors(tmp_path / "search", tmp_path / "vectors", device="cuda:7")
+
+
+def test_faiss_without_a_gpu_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import faiss
+    import torch
+
+    monkeypatch.setattr(module, "choose_device", lambda _: torch.device("cuda", 0))
+    monkeypatch.delattr(faiss, "StandardGpuResources", raising=False)
+    build(tmp_path, unit_vectors(30), VectorSettings(faiss="Flat"))
+    with pytest.raises(DataError, match=r"on the processor only\. Install faiss-gpu in the place of faiss-cpu"):
+        load_vectors(tmp_path / "search", tmp_path / "vectors", device="cuda")
+
+
+# --- an index and vectors that do not belong together
+
+
+@pytest.mark.parametrize("factory", [None, "Flat", "IVF4,SQ8"])
+def test_another_number_of_vectors_than_of_passages_is_refused(tmp_path: Path, factory: str | None) -> None:
+    build(tmp_path, unit_vectors(50), VectorSettings(faiss=factory))
+    paths = tmp_path / "search", tmp_path / "vectors"
+    assert load_vectors(*paths, passages=50).search(unit_vectors(1), 1).rows.shape == (1, 1)
+    with pytest.raises(ArtifactMismatch, match="50 vectors for 51 passages"):
+        load_vectors(*paths, passages=51)
+
+
+def test_a_faiss_index_of_another_collection_is_refused(tmp_path: Path) -> None:
+    build(tmp_path / "a", unit_vectors(50), VectorSettings(faiss="Flat"))
+    build(tmp_path / "b", unit_vectors(49), VectorSettings(faiss="Flat"))
+    shutil.copy(tmp_path / "b/search/index.faiss", tmp_path / "a/search/index.faiss")
+    with pytest.raises(ArtifactError, match="49 vectors instead of 50"):
+        load_vectors(tmp_path / "a/search", tmp_path / "a/vectors")
+
+
+def test_parts_that_are_no_arrays_or_of_other_widths_are_refused(tmp_path: Path) -> None:
+    save_parts(tmp_path / "vectors", unit_vectors(50))
+    np.save(tmp_path / "vectors/part-00009.npy", np.zeros((3, 5), np.float32))
+    with pytest.raises(ArtifactError, match="parts of different shapes"):
+        VectorParts(tmp_path / "vectors")
+    (tmp_path / "vectors/part-00009.npy").write_bytes(b"no array")
+    with pytest.raises(ArtifactError, match="not an npy file"):
+        VectorParts(tmp_path / "vectors")
