@@ -165,12 +165,13 @@ def _encoder_weights(settings: "EncoderSettings") -> dict[str, str]:
 def _bm25_settings(settings: config.Bm25 | None) -> Any:
     if settings is None:
         return None
-    from odqa.retrieve.bm25 import ENGLISH_STOP_WORDS, Analyzer, Bm25Settings
+    from odqa.retrieve.bm25 import ENGLISH_STOP_WORDS, Analyzer, Bm25Settings, LuceneAnalyzer
 
     words = settings.analyzer.stop_words
     stop_words = {"english": ENGLISH_STOP_WORDS, "none": ()}[words] if isinstance(words, str) else words
     analyzer = Analyzer(**{**settings.analyzer.model_dump(), "stop_words": tuple(stop_words)})
-    return Bm25Settings(**settings.model_dump(exclude={"analyzer"}), analyzer=analyzer)
+    lucene = None if settings.lucene is None else LuceneAnalyzer(**settings.lucene.model_dump())
+    return Bm25Settings(**settings.model_dump(exclude={"analyzer", "lucene"}), analyzer=analyzer, lucene=lucene)
 
 
 def _encoder_settings(settings: config.Dense | None) -> "EncoderSettings | None":

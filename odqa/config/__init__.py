@@ -14,6 +14,7 @@ from odqa.config.index import (
     FilePassages,
     GivenVectors,
     IndexRecipe,
+    LuceneAnalyzerSettings,
     Vectors,
 )
 from odqa.config.pipeline import (
@@ -111,6 +112,7 @@ __all__ = [
     "LmReaderTraining",
     "LmTraining",
     "LoraSettings",
+    "LuceneAnalyzerSettings",
     "Mining",
     "MixRecipe",
     "ModelAverage",

@@ -29,6 +29,9 @@ from odqa.retrieve.vectors import VectorSearcher, VectorSettings, build_vectors,
 from odqa.runtime import peak_memory_bytes
 from odqa.types import Hit, Passage, Query
 
+if TYPE_CHECKING:
+    from odqa.retrieve.lucene import LuceneSearcher
+
 KIND = "index"
 
 
@@ -58,7 +61,7 @@ def build_index(
     settings: dict[str, Any] = {"part_rows": part_rows}
     inputs: dict[str, Any] = {"passages": dict(source)}
     if bm25:
-        settings["bm25"] = asdict(bm25)
+        settings["bm25"] = bm25.to_json()
     if dense:
         settings["encoder"], settings["vectors"] = asdict(dense.resolved), asdict(vectors)
         inputs["encoder"] = _fingerprints(dense)
@@ -147,7 +150,7 @@ class Index:
         return PassageStore.open(self.path / "passages")
 
     @cached_property
-    def bm25(self) -> Bm25Searcher | ReferenceSearcher:
+    def bm25(self) -> "Bm25Searcher | ReferenceSearcher | LuceneSearcher":
         """The BM25 searcher. Raises ArtifactError if the index has none."""
         if not self.has_bm25:
             raise ArtifactError(f"{self.path}: this index has no BM25 part. Build one with bm25 in its recipe.")
