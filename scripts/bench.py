@@ -6,7 +6,7 @@
     python scripts/bench.py prompt --data DIR [--model MODEL]
     python scripts/bench.py precision INDEX_RECIPE QUESTIONS... [--data DIR]
     python scripts/bench.py bm25 --data DIR [--peers PYTHON]
-    python scripts/bench.py retrieval --data DIR [--peers PYTHON]
+    python scripts/bench.py retrieval INDEX_FOLDER... --data DIR [--peers PYTHON]
 
 Each measures what `scripts/bench.py NAME --help` says and lives in `scripts/benchmarks/NAME.py`.
 """
@@ -18,10 +18,10 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where this file is run by its path from a test
 
-from benchmarks import bm25, dump, latency, precision, prompt, rerank
+from benchmarks import bm25, dump, latency, precision, prompt, rerank, retrieval
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for module in (dump, latency, rerank, prompt, precision, bm25):
+for module in (dump, latency, rerank, prompt, precision, bm25, retrieval):
     name = module.__name__.rpartition(".")[2]
     app.command(name, help=module.__doc__)(getattr(module, name))
 

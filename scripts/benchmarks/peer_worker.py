@@ -1,6 +1,6 @@
 """Retrieval by another library, in a process and an environment of its own: python peer_worker.py SYSTEM FOLDER OUT.
 
-FOLDER holds what every system gets, and this file needs nothing of odqa:
+FOLDER holds what every system gets; only the systems called odqa need odqa:
 
     passages.jsonl     {"text", "toks": {term: count}} in row order; the title stands before the text
     questions.jsonl    {"text", "toks"}; a line may lack toks where only texts are asked
@@ -50,7 +50,8 @@ class Work:
 
     @cached_property
     def vectors(self) -> np.ndarray:
-        return np.load(self.folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
+        found: np.ndarray = np.load(self.folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
+        return found
 
     def passages(self) -> Iterator[dict[str, Any]]:
         return self._lines("passages.jsonl")
@@ -149,9 +150,8 @@ def _txtai(work: Work, *, sparse: bool, dense: bool) -> Search:
     ready = dict(zip(passages, range(len(passages)), strict=False)) if dense else {}
 
     def encode(texts: list[str]) -> np.ndarray:
-        rows = [ready.get(text) for text in texts]
-        if all(row is not None for row in rows):
-            return np.asarray(work.vectors[rows], np.float32)
+        if all(text in ready for text in texts):
+            return np.asarray(work.vectors[[ready[text] for text in texts]], np.float32)
         found: np.ndarray = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
         return found
 
@@ -174,7 +174,53 @@ def _txtai(work: Work, *, sparse: bool, dense: bool) -> Search:
     return search
 
 
+def _odqa(work: Work, *, engine: str | None, dense: bool) -> Search:
+    """Our stores and searchers: BM25, FAISS over ready vectors, or both with the default weights of a recipe."""
+    from odqa.artifacts import Draft
+    from odqa.corpus.store import PassageStore, save_store
+    from odqa.retrieve.bm25 import Bm25Settings, build_bm25, load_bm25
+    from odqa.retrieve.dense import Encoder, EncoderSettings
+    from odqa.retrieve.fuse import weighted_fusion
+    from odqa.retrieve.index import DenseSearcher
+    from odqa.retrieve.vectors import VectorSettings, build_vectors, load_vectors
+    from odqa.types import Passage
+
+    encoder = Encoder(EncoderSettings(work.settings["encoder"]), device="cpu")
+    if dense:
+        encoder.encode_questions(["which model is loaded"])
+    work.start()
+    draft = Draft(Path(tempfile.mkdtemp()))
+    save_store((Passage(str(row), passage["text"]) for row, passage in enumerate(work.passages(), 1)), draft)
+    store = PassageStore.open(draft.path / "passages")
+    searchers: list[Any] = []
+    if engine is not None:
+        build_bm25(store, Bm25Settings(work.settings["k1"], work.settings["b"], engine=engine), draft)  # type: ignore[arg-type]
+        searchers.append(load_bm25(draft.path / "bm25", store))
+    if dense:
+        vectors = work.vectors
+        draft.part("vectors/part-00000.npy", lambda path: _save(path, vectors))
+        build_vectors(draft.path / "vectors", VectorSettings(faiss="Flat"), draft)
+        searchers.append(DenseSearcher(encoder, load_vectors(draft.path / "search", draft.path / "vectors")))
+    k = work.settings["k"]
+
+    def search(questions: list[dict[str, Any]]) -> list[list[int]]:
+        runs = [searcher.search([question["text"] for question in questions], k) for searcher in searchers]
+        found = runs[0] if len(runs) == 1 else weighted_fusion(runs, weights=(0.0325, 0.9675), k=k, normalise="none")
+        return [[row for row in rows if row >= 0] for rows in found.rows.tolist()]
+
+    return search
+
+
+def _save(path: Path, vectors: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.asarray(vectors, np.float16), allow_pickle=False)
+
+
 SYSTEMS: dict[str, tuple[str, Callable[[Work], Search]]] = {
+    "odqa-bm25": ("odqa", lambda work: _odqa(work, engine="bm25s", dense=False)),
+    "odqa-lucene": ("odqa", lambda work: _odqa(work, engine="lucene", dense=False)),
+    "odqa-dense": ("odqa", lambda work: _odqa(work, engine=None, dense=True)),
+    "odqa-hybrid": ("odqa", lambda work: _odqa(work, engine="bm25s", dense=True)),
     "pisa-terms": ("pyterrier-pisa", lambda work: _pisa(work, terms=True)),
     "pisa-text": ("pyterrier-pisa", lambda work: _pisa(work, terms=False)),
     "haystack-bm25": ("haystack-ai", lambda work: _haystack(work, sparse=True, dense=False)),
@@ -203,7 +249,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - started)
     asked = [work.questions.index(question) for question in questions] if is_slow else list(range(len(questions)))
     result = {
-        "package": f"{package} {version(package)}",
+        "package": f"{package} {_version(package)}",
         "index_seconds": built,
         "search_seconds": seconds,
         "asked": asked,
@@ -212,6 +258,14 @@ def main() -> None:
     }
     out.write_text(json.dumps(result), encoding="utf-8")
     os._exit(0)  # some of these libraries leave threads behind
+
+
+def _version(package: str) -> str:
+    if package == "odqa":  # also where it runs from its folder
+        import odqa
+
+        return odqa.__version__
+    return version(package)
 
 
 if __name__ == "__main__":

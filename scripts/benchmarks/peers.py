@@ -63,6 +63,8 @@ def ask_peer(python: Path, system: str, folder: Path) -> Found | str:
     out = folder / f"{system}.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HAYSTACK_TELEMETRY_ENABLED": "False"}
     environment.pop("PYTHONPATH", None)
+    if system.startswith("odqa"):
+        environment["PYTHONPATH"] = str(ROOT)
     started = time.perf_counter()
     try:
         done = subprocess.run(
