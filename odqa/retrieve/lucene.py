@@ -33,6 +33,7 @@ from odqa.corpus.store import PassageStore
 from odqa.errors import ArtifactError, DataError, MissingExtra
 from odqa.retrieve.rankings import Rankings, no_hits, rank_entries
 from odqa.runtime import progress
+from odqa.types import Passage
 
 if TYPE_CHECKING:
     from odqa.retrieve.bm25 import Bm25Settings, LuceneAnalyzer
@@ -140,10 +141,7 @@ def _write_index(java: "_Java", store: PassageStore, settings: "Bm25Settings", p
     document, contents, passage_id, sorted_id = java.document()
     with progress("lucene", len(store), "passages") as bar:
         for passage in store:
-            text = settings.text(passage)
-            if settings.lucene is None:
-                _check_terms(passage.id, text, settings)
-            contents.setStringValue(java.text(_lucene_text(text, settings)))
+            contents.setStringValue(java.text(_indexed_text(passage, settings)))
             passage_id.setStringValue(java.text(passage.id))
             sorted_id.setBytesValue(java.bytes_ref(passage.id.encode()))
             writer.addDocument(document)
@@ -154,13 +152,19 @@ def _write_index(java: "_Java", store: PassageStore, settings: "Bm25Settings", p
     (path / "write.lock").unlink(missing_ok=True)
 
 
-def _check_terms(passage_id: str, text: str, settings: "Bm25Settings") -> None:
-    for term in settings.analyzer.terms(text):
-        if _BLANK.search(term):
-            raise DataError(
-                f"passage {passage_id!r}: token_pattern makes the term {term!r}, which has a blank in it; the engine "
-                "lucene cannot take it. Use engine: bm25s."
-            )
+def _indexed_text(passage: Passage, settings: "Bm25Settings") -> str:
+    """What Lucene gets to read of a passage, as `_lucene_text`. Raises DataError for a term with a blank in it."""
+    text = settings.text(passage)
+    if settings.lucene is not None:
+        return text
+    terms = settings.analyzer.terms(text)
+    if _BLANK.search("".join(terms)):
+        found = next(term for term in terms if _BLANK.search(term))
+        raise DataError(
+            f"passage {passage.id!r}: token_pattern makes the term {found!r}, which has a blank in it; the engine "
+            "lucene cannot take it. Use engine: bm25s."
+        )
+    return " ".join(term[:_LONGEST_TERM] for term in terms)
 
 
 def _make_reproducible(path: Path, ids: Sequence[bytes]) -> None:
