@@ -210,7 +210,7 @@ def _encoder_weights(settings: "EncoderSettings") -> dict[str, str]:
 def _bm25_settings(settings: config.Bm25 | None) -> Any:
     if settings is None:
         return None
-    from odqa.retrieve.bm25 import CHARACTERS, ENGLISH_STOP_WORDS, Analyzer, Bm25Settings
+    from odqa.retrieve.bm25 import CHARACTERS, ENGLISH_STOP_WORDS, Analyzer, Bm25Settings, LuceneAnalyzer
 
     words, pattern = settings.analyzer.stop_words, settings.analyzer.token_pattern
     changes = {
@@ -218,7 +218,8 @@ def _bm25_settings(settings: config.Bm25 | None) -> Any:
         "token_pattern": CHARACTERS if pattern == "characters" else pattern,
     }
     analyzer = Analyzer(**{**settings.analyzer.model_dump(), **changes})
-    return Bm25Settings(**settings.model_dump(exclude={"analyzer"}), analyzer=analyzer)
+    lucene = None if settings.lucene is None else LuceneAnalyzer(**settings.lucene.model_dump())
+    return Bm25Settings(**settings.model_dump(exclude={"analyzer", "lucene"}), analyzer=analyzer, lucene=lucene)
 
 
 def _encoder_settings(settings: config.Dense | None) -> "EncoderSettings | None":

@@ -10,6 +10,8 @@
     python scripts/bench.py pipeline --peers PYTHON [--data DIR] [--work FOLDER --minutes N]
     python scripts/bench.py quantised FACTORY... [--data DIR] [--index INDEX_FOLDER]
     python scripts/bench.py scale PASSAGES... [--data DIR] [--stages NAMES]
+    python scripts/bench.py bm25 --data DIR [--peers PYTHON]
+    python scripts/bench.py retrieval INDEX_FOLDER... --data DIR [--peers PYTHON]
 
 Each measures what `scripts/bench.py NAME --help` says and lives in `scripts/benchmarks/NAME.py`.
 """
@@ -21,10 +23,26 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where this file is run by its path from a test
 
-from benchmarks import dump, latency, multistream, pipeline, precision, prompt, quantised, rerank, scale, sharing
+from benchmarks import (
+    bm25,
+    dump,
+    latency,
+    multistream,
+    pipeline,
+    precision,
+    prompt,
+    quantised,
+    rerank,
+    retrieval,
+    scale,
+    sharing,
+)
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for module in (dump, multistream, latency, rerank, prompt, precision, sharing, pipeline, quantised, scale):
+for module in (
+    *(dump, multistream, bm25, retrieval, quantised, scale, precision),
+    *(rerank, prompt, latency, sharing, pipeline),
+):
     name = module.__name__.rpartition(".")[2]
     app.command(name, help=module.__doc__)(getattr(module, name))
 

@@ -14,6 +14,7 @@ from odqa.config.index import (
     FilePassages,
     GivenVectors,
     IndexRecipe,
+    LuceneAnalyzerSettings,
     SentenceWindow,
     Vectors,
 )
@@ -114,6 +115,7 @@ __all__ = [
     "LmReaderTraining",
     "LmTraining",
     "LoraSettings",
+    "LuceneAnalyzerSettings",
     "Mining",
     "MixRecipe",
     "ModelAverage",

@@ -83,14 +83,39 @@ class AnalyzerSettings(Settings):
     )
 
 
-class Bm25(Settings):
+class LuceneAnalyzerSettings(Settings):
+    """Lucene's own English analyser in place of `analyzer`, as Anserini sets it up."""
+
+    stemmer: Literal["porter", "krovetz", "none"] = "porter"
+    stop_words: bool = Field(True, description="leave out Lucene's list of 33")
+
+
+class Bm25(GrownSettings):
     """A BM25 index. The defaults of k1 and b are Anserini's for passages."""
+
+    LATER = frozenset({"lucene", "prebuilt"})
 
     k1: float = Field(0.9, ge=0)
     b: float = Field(0.4, ge=0, le=1)
     titles: bool = Field(True, description="index the title together with the text")
-    engine: Literal["bm25s", "rank-bm25"] = "bm25s"
+    engine: Literal["bm25s", "rank-bm25", "lucene"] = Field("bm25s", description="extras: reference, lucene")
     analyzer: AnalyzerSettings = AnalyzerSettings()
+    lucene: LuceneAnalyzerSettings | None = Field(
+        None, description="for engine lucene: its own analyser; null: the terms that the other engines have"
+    )
+    prebuilt: str | None = Field(
+        None, description="for engine lucene: an index of Pyserini's by name, such as wikipedia-dpr-100w"
+    )
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        if self.engine != "lucene" and (self.lucene is not None or self.prebuilt is not None):
+            raise ValueError(f"lucene and prebuilt go with engine: lucene, not with {self.engine}.")
+        if self.prebuilt is not None and self.lucene is None:
+            raise ValueError(
+                "a prebuilt index was made with Lucene's analyser. Write lucene: {} for Pyserini's default."
+            )
+        return self
 
 
 class Vectors(GrownSettings):

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +41,9 @@ from odqa.errors import ArtifactError, ArtifactMismatch, DataError, MissingExtra
 from odqa.retrieve.rankings import Rankings, check_depth, no_hits, rank_entries
 from odqa.runtime import progress
 from odqa.types import Passage
+
+if TYPE_CHECKING:
+    from odqa.retrieve.lucene import LuceneSearcher
 
 # The list of Lucene's EnglishAnalyzer, which bm25s calls English. Each index keeps the list it was made with.
 ENGLISH_STOP_WORDS = tuple(
@@ -112,34 +115,74 @@ class Analyzer:
 
 
 @dataclass(frozen=True, slots=True)
+class LuceneAnalyzer:
+    """Lucene's own English analyser, as Anserini sets it up: words by UAX 29, without 's, in lower case, then stems.
+
+    `stop_words` leaves out its list of 33. The stem comes last, as in `Analyzer`.
+    """
+
+    stemmer: Literal["porter", "krovetz", "none"] = "porter"
+    stop_words: bool = True
+
+    def __post_init__(self) -> None:
+        if self.stemmer not in ("porter", "krovetz", "none"):
+            raise DataError(f"bm25: Lucene's stemmer {self.stemmer!r} is not one of porter, krovetz, none.")
+
+
+@dataclass(frozen=True, slots=True)
 class Bm25Settings:
     """What a BM25 index is made with.
 
     `titles`: whether the title is put before the text ("title text"). `engine` rank-bm25 is the plain reference
-    implementation (Okapi's idf; at most 100,000 passages). k1 = 0.9 and b = 0.4 are Anserini's, tuned for passages.
+    implementation (Okapi's idf; at most 100,000 passages), lucene is `odqa.retrieve.lucene`. Of it alone are `lucene`,
+    an analyser in place of `analyzer`, and `prebuilt`, the name of an index that Pyserini offers; such a one was built
+    with Lucene's analyser. k1 = 0.9 and b = 0.4 are Anserini's, tuned for passages.
     """
 
     k1: float = 0.9
     b: float = 0.4
     titles: bool = True
-    engine: Literal["bm25s", "rank-bm25"] = "bm25s"
+    engine: Literal["bm25s", "rank-bm25", "lucene"] = "bm25s"
     analyzer: Analyzer = field(default_factory=Analyzer)
+    lucene: LuceneAnalyzer | None = None
+    prebuilt: str | None = None
 
     def __post_init__(self) -> None:
         if not self.k1 >= 0 or not 0 <= self.b <= 1:
             raise DataError(f"bm25: k1 = {self.k1} and b = {self.b}; expected k1 >= 0 and 0 <= b <= 1.")
-        if self.engine not in ("bm25s", "rank-bm25"):
-            raise DataError(f"bm25: engine {self.engine!r} is not one of bm25s, rank-bm25.")
+        if self.engine not in ("bm25s", "rank-bm25", "lucene"):
+            raise DataError(f"bm25: engine {self.engine!r} is not one of bm25s, rank-bm25, lucene.")
+        if self.engine != "lucene" and (self.lucene or self.prebuilt):
+            raise DataError(f"bm25: lucene and prebuilt are settings of engine lucene, not of {self.engine}.")
+        if self.prebuilt and not self.lucene:
+            raise DataError(f"bm25: prebuilt {self.prebuilt!r} was made with Lucene's analyser; say how it stems.")
 
     def text(self, passage: Passage) -> str:
         """What of a passage is indexed."""
         return f"{passage.title} {passage.text}" if self.titles and passage.title else passage.text
 
+    def to_json(self) -> dict[str, Any]:
+        """All settings; those of Lucene alone only where they are used, so that other indexes keep their hashes."""
+        value = asdict(self)
+        return {key: value[key] for key in value if key not in ("lucene", "prebuilt") or value[key] is not None}
+
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Bm25Settings":
-        """The inverse of `dataclasses.asdict`, after JSON made lists of tuples."""
+        """The inverse of `to_json`, after JSON made lists of tuples."""
         analyzer = {**value["analyzer"], "stop_words": tuple(value["analyzer"]["stop_words"])}
-        return cls(**{**value, "analyzer": Analyzer(**analyzer)})
+        lucene = value.get("lucene")
+        lucene = LuceneAnalyzer(**lucene) if lucene else None
+        return cls(**{**value, "analyzer": Analyzer(**analyzer), "lucene": lucene})
+
+
+def check_engine(settings: Bm25Settings) -> None:
+    """Raises MissingExtra if a package of the engine is missing; a build asks before it reads any passage."""
+    if settings.engine == "rank-bm25":
+        _check_reference(0)
+    elif settings.engine == "lucene":
+        from odqa.retrieve.lucene import check_lucene
+
+        check_lucene(settings)
 
 
 def build_bm25(
@@ -151,6 +194,10 @@ def build_bm25(
     """
     if settings.engine == "rank-bm25":
         _check_reference(len(store))
+    elif settings.engine == "lucene":
+        from odqa.retrieve.lucene import build_lucene
+
+        build_lucene(store, settings, draft, f"{name}/lucene")
     elif not draft.has(f"{name}/postings"):
         parts = []
         with progress("bm25", len(store), "passages") as bar:
@@ -160,18 +207,27 @@ def build_bm25(
                 parts.append(draft.path / part)
                 bar.advance(len(rows))
         draft.part(f"{name}/postings", lambda path: _merge_parts(parts, settings, path, memory))
-    draft.write_json(f"{name}/settings.json", asdict(settings))
+    draft.write_json(f"{name}/settings.json", settings.to_json())
 
 
-def load_bm25(path: Path, store: PassageStore) -> "Bm25Searcher | ReferenceSearcher":
-    """Open the index folder `path` of `store`. Raises ArtifactError if it is none, ArtifactMismatch if of another."""
+def load_bm25(path: Path, store: PassageStore) -> "Bm25Searcher | ReferenceSearcher | LuceneSearcher":
+    """Open the index folder `path` of `store`.
+
+    Raises ArtifactError if it is none, ArtifactMismatch if of another store, MissingExtra for its engine.
+    """
     try:
         settings = Bm25Settings.from_json(json.loads((path / "settings.json").read_text(encoding="utf-8")))
-        if settings.engine == "rank-bm25":
-            return ReferenceSearcher(store, settings)
-        passages = json.loads((path / "postings/params.index.json").read_text(encoding="utf-8"))["num_docs"]
+        has_postings = settings.engine == "bm25s"
+        counted = path / "postings/params.index.json"
+        passages = json.loads(counted.read_text(encoding="utf-8"))["num_docs"] if has_postings else len(store)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: not a BM25 index ({error}). Build the index again.") from error
+    if settings.engine == "rank-bm25":
+        return ReferenceSearcher(store, settings)
+    if settings.engine == "lucene":
+        from odqa.retrieve.lucene import LuceneSearcher
+
+        return LuceneSearcher(path / "lucene", settings, store)
     if passages != len(store):
         raise ArtifactMismatch(
             f"{path}: postings of {passages:,} passages, but {store.path} has {len(store):,}. Build the index again."

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from odqa.artifacts import Artifact, Draft, building, load_artifact, sha256_json
 from odqa.corpus.store import PART_ROWS, PassageStore, save_store
 from odqa.errors import ArtifactError, ArtifactMismatch
-from odqa.retrieve.bm25 import Bm25Searcher, Bm25Settings, ReferenceSearcher, build_bm25, load_bm25
+from odqa.retrieve.bm25 import Bm25Searcher, Bm25Settings, ReferenceSearcher, build_bm25, check_engine, load_bm25
 from odqa.retrieve.dense import Encoder, EncoderSettings, fingerprint, save_passage_vectors, tokenizer_fingerprint
 from odqa.retrieve.faiss_build import check_build
 from odqa.retrieve.fuse import Normalise, alpha_fusion, reciprocal_rank_fusion, weighted_fusion
@@ -29,6 +29,9 @@ from odqa.retrieve.rankings import Rankings, Searcher, check_depth
 from odqa.retrieve.vectors import VectorSearcher, VectorSettings, build_vectors, load_vectors
 from odqa.runtime import peak_memory_bytes
 from odqa.types import Hit, Passage, Query
+
+if TYPE_CHECKING:
+    from odqa.retrieve.lucene import LuceneSearcher
 
 KIND = "index"
 MEMORY_BUDGET = 4_000_000_000  # bytes: what the smallest machine that we build for can spare
@@ -66,7 +69,8 @@ def build_index(
     settings: dict[str, Any] = {"part_rows": part_rows}
     inputs: dict[str, Any] = {"passages": dict(source)}
     if bm25:
-        settings["bm25"] = asdict(bm25)
+        check_engine(bm25)
+        settings["bm25"] = bm25.to_json()
     if dense:
         settings["encoder"], settings["vectors"] = asdict(dense.resolved), asdict(vectors)
         inputs["encoder"] = _fingerprints(dense)
@@ -167,7 +171,7 @@ class Index:
         return PassageStore.open(self.path / "passages")
 
     @cached_property
-    def bm25(self) -> Bm25Searcher | ReferenceSearcher:
+    def bm25(self) -> "Bm25Searcher | ReferenceSearcher | LuceneSearcher":
         """The BM25 searcher. Raises ArtifactError if the index has none."""
         if not self.has_bm25:
             raise ArtifactError(f"{self.path}: this index has no BM25 part. Build one with bm25 in its recipe.")
