@@ -3,6 +3,7 @@
     passages/        the text store (odqa.corpus.store)
     bm25/            settings with the analyser, and postings (odqa.retrieve.bm25)
     dense/           encoder.json: the encoder, its settings and fingerprints
+    dense/method/    the trained method that it computes with, if there is one (odqa.retrieve.tuned)
     dense/vectors/   passage vectors in parts, unless FAISS has replaced them
     dense/search/    how they are searched (odqa.retrieve.vectors)
 
@@ -11,6 +12,7 @@ What a pipeline does not use is not loaded: BM25 alone imports neither torch nor
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -23,8 +25,9 @@ from odqa.errors import ArtifactError, ArtifactMismatch
 from odqa.retrieve.bm25 import Bm25Searcher, Bm25Settings, ReferenceSearcher, build_bm25, load_bm25
 from odqa.retrieve.dense import Encoder, EncoderSettings, fingerprint, save_passage_vectors, tokenizer_fingerprint
 from odqa.retrieve.fuse import Normalise, alpha_fusion, reciprocal_rank_fusion, weighted_fusion
-from odqa.retrieve.given import GivenVectors, place_embeddings, place_index
+from odqa.retrieve.given import GivenVectors, IndexVectors, place_embeddings, place_index
 from odqa.retrieve.rankings import Rankings, Searcher, check_depth
+from odqa.retrieve.tuned import FILES as METHOD_FILES
 from odqa.retrieve.vectors import VectorSearcher, VectorSettings, build_vectors, load_vectors
 from odqa.runtime import peak_memory_bytes
 from odqa.types import Hit, Passage, Query
@@ -40,7 +43,8 @@ def build_index(
     bm25: Bm25Settings | None = None,
     encoder: EncoderSettings | None = None,
     vectors: VectorSettings | None = None,
-    given: GivenVectors | None = None,
+    given: GivenVectors | IndexVectors | None = None,
+    method: Path | None = None,
     recipe: Mapping[str, Any] | None = None,
     device: str = "auto",
     part_rows: int = PART_ROWS,
@@ -49,11 +53,12 @@ def build_index(
 
     `source` says what the passages are (path and sha256 of the file) and goes into the manifest; `bm25` and `encoder`
     are what to build, `vectors` how the encoder's vectors are searched (default: exactly), `given` vectors that need
-    not be made (DataError if they are not the encoder's). `recipe` is the resolved recipe for the manifest (default:
-    the settings). A killed build continues when it is called again with the same
+    not be made (DataError if they are not the encoder's). `method` is the folder of a trained bi-encoder that the
+    encoder computes with; the index keeps a copy. `recipe` is the resolved recipe for the manifest (default: the
+    settings). A killed build continues when it is called again with the same
     arguments and a stream of the same passages; the stream is not touched if the store was finished.
     """
-    dense = Encoder(encoder, device=device) if encoder else None
+    dense = Encoder(encoder, device=device, method=method) if encoder else None
     vectors = vectors or VectorSettings()
     settings: dict[str, Any] = {"part_rows": part_rows}
     inputs: dict[str, Any] = {"passages": dict(source)}
@@ -62,6 +67,8 @@ def build_index(
     if dense:
         settings["encoder"], settings["vectors"] = asdict(dense.resolved), asdict(vectors)
         inputs["encoder"] = _fingerprints(dense)
+        if dense.tuned is not None:
+            inputs["method"] = dense.tuned.hash
         if given is not None:
             given.check(dense)
             inputs["vectors"] = given.identity
@@ -74,6 +81,8 @@ def build_index(
         if bm25:
             build_bm25(store, bm25, draft)
         if dense:
+            for name in METHOD_FILES if method is not None else ():
+                draft.part(f"dense/method/{name}", partial(shutil.copyfile, Path(str(method)) / name))
             if not draft.has("dense/search/search.json"):
                 _make_vectors(dense, store, vectors, given, draft)
             draft.write_json(
@@ -91,15 +100,22 @@ def build_index(
 
 
 def _make_vectors(
-    encoder: Encoder, store: PassageStore, settings: VectorSettings, given: GivenVectors | None, draft: Draft
+    encoder: Encoder,
+    store: PassageStore,
+    settings: VectorSettings,
+    given: GivenVectors | IndexVectors | None,
+    draft: Draft,
 ) -> None:
     """Make or take over the passage vectors, and make them searchable."""
-    if given is not None and given.faiss is not None:
+    if isinstance(given, IndexVectors):
+        if given.place(encoder, settings, draft):
+            return
+    elif given is not None and given.faiss is not None:
         place_index(given, encoder, store, draft, "dense/search", settings.search)
         return
-    if given is not None:
+    if isinstance(given, GivenVectors):
         place_embeddings(given, encoder, store, draft, "dense/vectors")
-    else:
+    elif given is None:
         save_passage_vectors(encoder, store, draft, "dense/vectors")
     build_vectors(draft.path / "dense/vectors", settings, draft, "dense/search")
 
@@ -162,7 +178,8 @@ class Index:
         settings = EncoderSettings(**{"prompts": False, **built["settings"]})  # older ones were built without prompts
         if self._encoder is not None:
             settings = replace(settings, question_model=self._encoder, passage_model=None)
-        encoder = Encoder(settings, device=self._device)
+        method = self.path / "dense/method"
+        encoder = Encoder(settings, device=self._device, method=method if method.is_dir() else None)
         found, expected = fingerprint(encoder.question_folder), built["weights"]["question"]
         if found != expected:
             raise ArtifactMismatch(

@@ -109,6 +109,13 @@ class VectorSearcher(Protocol):
         """At most k rows a vector of (Q, D). Raises ValueError for k < 1, DataError for a wrong width or NaN."""
         ...
 
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """float32 (n, D): the vectors of rows, as they are searched (perhaps quantised).
+
+        Raises DataError for a FAISS index that cannot give its vectors back.
+        """
+        ...
+
 
 def build_vectors(vectors: Path, settings: VectorSettings, draft: Draft, name: str = "search") -> None:
     """Make the vectors in the folder `vectors` searchable: the folder `name` of `draft`.
@@ -176,6 +183,10 @@ class ExactVectors:
         for first, block in self._blocks(min(block_rows, 65_536)):
             _merge(best, first, block, vectors)
         return best
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """float32 (n, D): the vectors of rows. See `VectorSearcher.take`."""
+        return self._whole[rows] if self._is_small else np.stack([self.parts.row(row) for row in rows.tolist()])
 
 
 def read_faiss(path: Path, metric: Metric) -> Any:
@@ -247,6 +258,31 @@ class FaissVectors:
             hits = np.asarray(self._rows)[hits]
         found = scores[is_hit] if self._metric == "inner-product" else -scores[is_hit]
         return rank_entries(queries[is_hit], hits, found, count=len(rows), k=k, source=self.source)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """float32 (n, D): the vectors of rows. See `VectorSearcher.take`."""
+        import faiss
+
+        wanted = np.ascontiguousarray(rows if self._rows is None else self._faiss_rows[rows], np.int64)
+        try:
+            lists = faiss.try_extract_index_ivf(self._index)
+            if lists is not None:
+                lists.make_direct_map()
+            vectors: np.ndarray = self._index.reconstruct_batch(wanted)
+        except RuntimeError as error:
+            raise DataError(
+                f"a FAISS index of this type does not give its vectors back ({_last_line(error)}). Use an index "
+                "without faiss, or with faiss: Flat."
+            ) from error
+        return vectors[:, :-1] if self._metric == "dpr-hnsw" else vectors
+
+    @cached_property
+    def _faiss_rows(self) -> np.ndarray:
+        """int64: the FAISS row of each passage row, where `rows` says the opposite."""
+        assert self._rows is not None
+        inverse = np.empty(len(self._rows), np.int64)
+        inverse[np.asarray(self._rows)] = np.arange(len(self._rows))
+        return inverse
 
 
 def _merge(best: Rankings, first: int, block: np.ndarray, vectors: np.ndarray) -> None:
