@@ -64,7 +64,9 @@ def _compare_precisions(
         changes: dict[str, object] = {"bm25": None, "dense.vectors": {}}
         if passages is not None:
             sample = Path(folder) / "passages.jsonl"
-            _save_sample(read_source(settings.passages, places.file(settings.passages.file)), passages, sample)
+            _save_sample(
+                read_source(settings.passages, places.file(settings.passages.file), places=places), passages, sample
+            )
             changes["passages"] = {"kind": "passages", "file": str(sample)}
         for dtype in _PRECISIONS:
             variant = load_recipe(recipe, "index", settings={**changes, "dense.dtype": dtype})
