@@ -335,7 +335,7 @@ def train(
     changes: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Train a method, reader, re-ranker or small language model; resumes after a kill.
+    """Train a method, reader, re-ranker, retriever or small language model; resumes after a kill.
 
     The artifact has the loss and the tune scores on the way: curve.json, and with matplotlib curve.svg. With --sweep
     learning rates are compared by short trainings, into RECIPE-sweep; RECIPE's own artifact is not touched.

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from odqa.pipeline import Pipeline
     from odqa.report.content import LookUp, Section, Source
     from odqa.retrieve.dense import EncoderSettings
-    from odqa.retrieve.given import GivenVectors
+    from odqa.retrieve.given import GivenVectors, IndexVectors
     from odqa.retrieve.index import Index
     from odqa.stages import Reranker, Retriever
 
@@ -103,6 +103,7 @@ def build_index(
     """
     from odqa.corpus.mediawiki import DumpReport
     from odqa.retrieve import index as retrieve
+    from odqa.retrieve.tuned import TunedMethod
 
     places = places or Places.from_environment()
     recipe = _recipe(recipe, "index")
@@ -113,14 +114,16 @@ def build_index(
     path = places.file(settings.passages.file)
     folder = out or places.artifacts / recipe.name
     source_file = describe_file(settings.passages.file, path)
-    encoder = _encoder_settings(settings.dense)
+    encoder = encoder_settings(settings.dense)
     device = search_device(settings)
     given = _given_vectors(settings.dense, places)
+    method = None if settings.dense is None or settings.dense.method is None else places.file(settings.dense.method)
     found = finished_artifact(folder, retrieve.KIND, recipe, log)
     if found is not None:
         inputs = found.manifest["inputs"]
         is_same = encoder is None or inputs["encoder"] == _encoder_weights(encoder)
         is_same = is_same and inputs.get("vectors") == (None if given is None else given.identity)
+        is_same = is_same and inputs.get("method") == (None if method is None else TunedMethod.load(method).hash)
         if is_same and inputs["passages"] == source_file:
             log(f"{folder}: built already")
             return retrieve.load_index(folder, device=device)
@@ -134,6 +137,7 @@ def build_index(
             encoder=encoder,
             vectors=_vector_settings(settings.dense),
             given=given,
+            method=method,
             recipe=recipe.resolved,
             device=device,
             memory_budget=settings.memory_budget,
@@ -222,12 +226,13 @@ def _bm25_settings(settings: config.Bm25 | None) -> Any:
     return Bm25Settings(**settings.model_dump(exclude={"analyzer", "lucene"}), analyzer=analyzer, lucene=lucene)
 
 
-def _encoder_settings(settings: config.Dense | None) -> "EncoderSettings | None":
+def encoder_settings(settings: config.Dense | None) -> "EncoderSettings | None":
+    """What a recipe says of its encoder; None for an index without one."""
     if settings is None:
         return None
     from odqa.retrieve.dense import EncoderSettings
 
-    return EncoderSettings(**settings.model_dump(exclude={"vectors", "device"}))
+    return EncoderSettings(**settings.model_dump(exclude={"vectors", "device", "method"}))
 
 
 def _vector_settings(settings: config.Dense | None) -> Any:
@@ -238,14 +243,25 @@ def _vector_settings(settings: config.Dense | None) -> Any:
     return VectorSettings(**settings.vectors.model_dump(exclude={"given"}))
 
 
-def _given_vectors(settings: config.Dense | None, places: Places) -> "GivenVectors | None":
-    """The vectors made elsewhere that an index recipe names; their files lie beside their sidecar, or in data:."""
+def _given_vectors(settings: config.Dense | None, places: Places) -> "GivenVectors | IndexVectors | None":
+    """The vectors that an index recipe need not make: another index's, or made elsewhere and told of by a sidecar.
+
+    A sidecar's files lie beside it, or in data:.
+    """
     if settings is None or settings.vectors.given is None:
         return None
-    from odqa.retrieve.given import GivenVectors
+    from odqa.retrieve.given import GivenVectors, IndexVectors
 
     name = settings.vectors.given
-    sidecar = load_recipe(places.file(name) if name.startswith("data:") else name, "vectors")
+    if Path(name).suffix not in (".yaml", ".yml"):
+        return IndexVectors(name, load_artifact(places.file(name), "index"))
+    sidecar = load_recipe(places.file(name) if name.startswith("data:") else name)
+    if isinstance(sidecar.settings, config.IndexRecipe):
+        folder = places.artifacts / sidecar.name
+        if not (folder / MANIFEST).is_file():
+            raise ArtifactError(f"{folder}: the index is not built yet. Build it with: odqa index {name}")
+        return IndexVectors(name, load_artifact(folder, "index"))
+    sidecar = load_recipe(sidecar.path, "vectors")
     told = sidecar.settings
     assert isinstance(told, config.GivenVectors)
     if told.faiss is not None and settings.vectors.faiss is not None:
@@ -334,25 +350,36 @@ def _open_index(
     settings: config.PipelineRecipe, places: Places, *, build: bool, indexes: dict[str, "Index"] | None, log: Log
 ) -> "Index | None":
     """The index that a pipeline names, opened once for all callers that share `indexes`; None if it names none."""
-    from odqa.retrieve.index import load_index
-
     if settings.index is None:
         return None
     index = (indexes or {}).get(settings.index)
     if index is None:
-        folder, index_recipe = index_folder(settings.index, places)
-        if build and index_recipe is not None:
-            index = build_index(index_recipe, places=places, log=log)
-        elif not (folder / MANIFEST).is_file():
-            raise ArtifactError(f"{folder}: the index is not built yet. Build it with: odqa index {settings.index}")
-        else:
-            settings_of_index = None if index_recipe is None else index_recipe.settings
-            device = search_device(settings_of_index) if isinstance(settings_of_index, config.IndexRecipe) else "auto"
-            index = load_index(folder, device=device)
-            if index_recipe is not None:
-                check_index_recipe(index.artifact.manifest["recipe"], index_recipe, folder)
+        index = open_index(settings.index, places, build=build, log=log)
     if indexes is not None:
         indexes[settings.index] = index
+    return index
+
+
+def open_index(
+    name: str, places: Places, *, build: bool = False, device: str | None = None, log: Log = _silent
+) -> "Index":
+    """Open an index by recipe or folder; its questions are encoded on `device` (None: as the recipe says).
+
+    `build` makes a missing one of a recipe; without it that is an ArtifactError.
+    """
+    from odqa.retrieve.index import load_index
+
+    folder, recipe = index_folder(name, places)
+    if build and recipe is not None:
+        folder = build_index(recipe, places=places, log=log).path
+    elif not (folder / MANIFEST).is_file():
+        raise ArtifactError(f"{folder}: the index is not built yet. Build it with: odqa index {name}")
+    if device is None:
+        settings = None if recipe is None else recipe.settings
+        device = search_device(settings) if isinstance(settings, config.IndexRecipe) else "auto"
+    index = load_index(folder, device=device)
+    if recipe is not None:
+        check_index_recipe(index.artifact.manifest["recipe"], recipe, folder)
     return index
 
 

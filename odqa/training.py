@@ -1,7 +1,7 @@
-"""Trainings as jobs: mine hard negatives, train a reader, train a re-ranker. A recipe goes in, an artifact comes out.
+"""Trainings as jobs: mine hard negatives, train readers, re-rankers, retrievers. Recipes go in, artifacts come out.
 
-Files are read and models loaded here; batches, losses and scores are in `odqa.read.train` and `odqa.rerank.train`, the
-gradient loop is `odqa.frozen.fit`.
+Files are read and models loaded here; batches, losses and scores are in `odqa.read.train`, `odqa.rerank.train` and
+`odqa.retrieve.train`, the gradient loop is `odqa.frozen.fit`.
 """
 
 import json
@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from odqa.corpus.examples import Example, Ranking
+    from odqa.frozen.backbone import Backbone
+    from odqa.frozen.fit import FitSettings
     from odqa.frozen.method import Method
     from odqa.read.adapt import ContextBatches, TuneSet
+    from odqa.retrieve.train import Asked
     from odqa.types import Gold, Passage, Query
 
 Log = Callable[[str], None]
@@ -140,7 +143,7 @@ def train(
     changes: Sequence[str] = (),
     log: Log = _silent,
 ) -> Artifact:
-    """Train what a recipe describes, a reader or a re-ranker; continues a killed training at its last checkpoint."""
+    """Train what a recipe describes, such as a reader; continues a killed training at its last checkpoint."""
     places = places or Places.from_environment()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, "train", changes=changes)
     folder = out or places.artifacts / recipe.name
@@ -152,6 +155,8 @@ def train(
         return _pretrain_lm(recipe, recipe.settings, places, folder, log)
     if isinstance(recipe.settings, config.ReaderTraining):
         return _train_reader(recipe, recipe.settings, places, folder, log)
+    if isinstance(recipe.settings, config.BiEncoderTraining):
+        return _train_bi_encoder(recipe, recipe.settings, places, folder, log)
     assert isinstance(recipe.settings, config.RerankerTraining)
     return _train_reranker(recipe, recipe.settings, places, folder, log)
 
@@ -295,6 +300,38 @@ def _train_reranker(
             groups=reranking.GroupSettings(**settings.groups.model_dump()),
             loss=reranking.LossSettings(**settings.loss.model_dump()),
             fit_settings=setup.fit,
+            stored=setup.stored,
+            log=log,
+        )
+        _draw_curves(draft.path, {recipe.name: _curve(draft.path)}, log)
+    return load_artifact(folder, kind)
+
+
+def _train_bi_encoder(
+    recipe: Recipe, settings: config.BiEncoderTraining, places: Places, folder: Path, log: Log
+) -> Artifact:
+    from odqa.retrieve import train as retrieving
+    from odqa.retrieve import tuned
+
+    setup = _BiEncoderSetup(settings, places, log)
+    inputs = setup.inputs()
+    found = finished_artifact(folder, tuned.KIND, recipe, log)
+    if found is not None and found.manifest["inputs"] == inputs:
+        log(f"{folder}: trained already")
+        return found
+    model = retrieving.BiEncoder(setup.index.dense.encoder, settings.side, setup.method)
+    examples, tune = setup.examples(), setup.tune()
+    kind, scratch = tuned.KIND, (retrieving.CHECKPOINT,)
+    with building(folder, kind, recipe=recipe.resolved, inputs=inputs, scratch=scratch, unlisted=(PICTURE,)) as draft:
+        retrieving.train_bi_encoder(
+            model,
+            examples,
+            tune,
+            draft,
+            batches=retrieving.BatchSettings(**settings.batch.model_dump()),
+            temperature=settings.temperature,
+            fit_settings=setup.fit(model.device),
+            known=setup.known,
             stored=setup.stored,
             log=log,
         )
@@ -619,6 +656,88 @@ class _LmSetup:
         if self.start is not None:
             load_tensors(method, load_file(self.start / TENSORS), str(self.start))
         return method
+
+
+class _BiEncoderSetup:
+    """What a bi-encoder needs to be trained: the index with the frozen encoder, files, examples, tune questions."""
+
+    def __init__(self, settings: config.BiEncoderTraining, places: Places, log: Log) -> None:
+        import torch
+
+        from odqa.jobs import open_index
+        from odqa.retrieve.train import KnownVectors
+
+        self.settings = settings
+        names = (settings.train, *settings.passages, *(tune.file for tune in settings.tune))
+        self.files = {name: places.file(name) for name in names}
+        self.start = None if settings.start is None else places.file(settings.start)
+        self.rankings = None if settings.rankings is None else _rankings_folder(settings.rankings, places)
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self.index = open_index(settings.index, places, build=True, device=settings.device, log=log)
+        is_asymmetric = settings.side == "questions"
+        self.known = KnownVectors(self.index.store, self.index.dense.vectors) if is_asymmetric else None
+        self.stored = torch.float16 if settings.stored == "float16" else torch.float32
+
+    def fit(self, device: "torch.device") -> "FitSettings":
+        """The loop's settings; in bfloat16 where that is fast, unless the recipe decides."""
+        from odqa.frozen.fit import FitSettings
+        from odqa.runtime import has_fast_bf16
+
+        fast = has_fast_bf16() or device.type != "cpu"
+        autocast = fast if self.settings.autocast is None else self.settings.autocast
+        return FitSettings(**self.settings.fit.model_dump(), autocast=autocast)
+
+    def inputs(self) -> dict[str, Any]:
+        """What the manifest says was read."""
+        from odqa.frozen.method import TENSORS
+
+        inputs: dict[str, Any] = {name: describe_file(name, path)["sha256"] for name, path in self.files.items()}
+        inputs["index"] = self.index.artifact.hash
+        if self.rankings is not None:
+            inputs["rankings"] = load_artifact(self.rankings, RANKINGS).hash
+        if self.start is not None:
+            inputs["start"] = sha256_file(self.start / TENSORS)
+        return inputs
+
+    def method(self, backbone: "Backbone") -> "Method":
+        """The method to be trained, fresh or as `start` has it."""
+        from safetensors.torch import load_file
+
+        from odqa.frozen.method import TENSORS, create_method, load_tensors
+
+        named = self.settings.method
+        method = create_method(named.kind, backbone, **named.model_dump(mode="json", exclude={"kind"}))
+        if self.start is not None:
+            load_tensors(method, load_file(self.start / TENSORS), str(self.start))
+        return method
+
+    def examples(self) -> list["Example"]:
+        """The training examples, with their rankings if the recipe names some."""
+        from odqa.corpus.examples import read_examples, read_rankings
+        from odqa.corpus.io import read_passages
+
+        passages = {p.id: p for name in self.settings.passages for p in read_passages(self.files[name])}
+        mined = None if self.rankings is None else read_rankings(self.rankings)
+        train, unranked = self.files[self.settings.train], self.settings.unranked
+        return list(read_examples(train, passages, mined, unranked=unranked))
+
+    def tune(self) -> dict[str, list["Asked"]]:
+        """The tune sets by name; with the frozen encoder's first passages where the index cannot be searched."""
+        from odqa.corpus.io import read_gold, read_questions
+        from odqa.retrieve.train import Asked
+
+        found = {}
+        for chosen in self.settings.tune:
+            file = self.files[chosen.file]
+            pairs = list(zip(read_questions(file), read_gold(file), strict=True))[: chosen.limit]
+            if self.known is not None:
+                found[chosen.name] = [Asked(query, gold) for query, gold in pairs]
+                continue
+            rows = self.index.dense.search([query.text for query, _ in pairs], self.settings.candidate_depth).rows
+            lists = [self.index.store.rows([row for row in line if row >= 0]) for line in rows.tolist()]
+            found[chosen.name] = [Asked(*pair, tuple(ranked)) for pair, ranked in zip(pairs, lists, strict=True)]
+        return found
 
 
 def _rankings_folder(name: str, places: Places) -> Path:

@@ -127,7 +127,11 @@ class Vectors(GrownSettings):
     search: dict[str, float] = Field({}, description="FAISS search parameters, such as {nprobe: 16}")
     train_rows: int = Field(200_000, ge=1, description="the most vectors that quantisers are trained on")
     keep: bool = Field(False, description="keep the vectors beside a FAISS index")
-    given: str | None = Field(None, description="passage vectors made elsewhere: a recipe of kind vectors")
+    given: str | None = Field(
+        None,
+        description="passage vectors that need not be made: a recipe of kind vectors (made elsewhere), or an index "
+        "(recipe or folder) of the same passages and passage encoder",
+    )
     refine: Literal["vectors", "int8"] | None = Field(
         None,
         description="score what FAISS finds again, from disk: with the stored vectors, or with a byte a dimension",
@@ -141,8 +145,10 @@ class Vectors(GrownSettings):
         return self
 
 
-class Dense(Settings):
+class Dense(GrownSettings):
     """A bi-encoder and the vectors it makes. `auto` and null take what the model's own files say."""
+
+    LATER = frozenset({"method"})
 
     question_model: str
     passage_model: str | None = Field(None, description="another model for passages (DPR); null: the same")
@@ -164,6 +170,9 @@ class Dense(Settings):
         "auto",
         exclude=True,
         description="where to encode: auto, cpu, cuda, cuda:N; one that is named also searches there. Not in the hash",
+    )
+    method: str | None = Field(
+        None, description="what a recipe of kind train-bi-encoder made: it says for which side the method is"
     )
     vectors: Vectors = Vectors()
 

@@ -195,6 +195,52 @@ class RerankerTraining(Settings):
         return self
 
 
+class ContrastRecipe(Settings):
+    """Training batches of a bi-encoder, see `odqa.retrieve.train.BatchSettings`."""
+
+    questions: int = Field(64, ge=2)
+    hard: int = Field(1, ge=0, description="hard negatives a question")
+    pool: int = Field(20, ge=1, description="they are drawn from so many, the hardest ones")
+    part_tokens: int = Field(4096, ge=1)
+    cache: bool = Field(True, description="gradient cache: memory is that of a part, whatever the batch")
+    source_weights: dict[str, int] = Field({})
+    seed: int = 0
+
+
+class BiEncoderFit(FitRecipe):
+    """The training loop; the rate of the method."""
+
+    learning_rates: dict[Literal["method"], float]  # type: ignore[assignment]
+
+
+class BiEncoderTraining(Settings):
+    """Trains a method on the frozen encoder of an index: for questions, passages or both.
+
+    With `side: questions` passages keep the index's vectors, and tune questions are searched in it.
+    """
+
+    kind: Literal["train-bi-encoder"]
+    index: str = Field(description="an index recipe or folder: its encoder with all its settings, and its vectors")
+    side: Literal["questions", "passages", "both"]
+    method: Annotated[LoraSettings | DeepPromptSettings | FineTuningSettings, Field(discriminator="kind")]
+    train: str = Field(description="training examples: jsonl, or DPR's training json")
+    passages: tuple[str, ...] = Field((), description="files that hold the passages that examples and rankings name")
+    rankings: str | None = Field(None, description="a mining recipe or what it made; null: only the file's negatives")
+    unranked: bool = Field(False, description="train on questions without a ranking too")
+    batch: ContrastRecipe = ContrastRecipe()
+    temperature: float = Field(0.05, gt=0)
+    fit: BiEncoderFit
+    tune: tuple[TuneSet, ...] = ()
+    candidate_depth: int = Field(
+        20, ge=2, description="side passages or both: passages of the index that a tune question's are ranked from"
+    )
+    start: str | None = Field(None, description="a trained bi-encoder of the same method to go on from")
+    device: str = "auto"
+    autocast: bool | None = Field(None, description="forward pass in bfloat16; None: where that is fast")
+    stored: Literal["float16", "float32"] = "float16"
+    threads: int | None = Field(None, ge=1)
+
+
 class AveragedPart(Settings):
     """A trained reader or re-ranker, and what its method and head weigh in the mean."""
 

@@ -2,7 +2,8 @@
 
 Any encoder that `transformers` loads: a sentence-transformers folder (its pooling, normalisation, length and prompts
 are read here, so that a query need not wait for that package's import), a plain encoder (Contriever, E5), DPR's
-question and context encoders, or Spider's one encoder for both in the same layout.
+question and context encoders, or Spider's one encoder for both in the same layout; alone, or with a method that was
+trained for one side or both (`odqa.retrieve.tuned`).
 Encoding tokenises once, sorts by length and cuts batches by tokens; bfloat16 where the processor is fast at it.
 
 torch and transformers are imported when an encoder is loaded. This module knows nothing of search.
@@ -11,7 +12,7 @@ torch and transformers are imported when an encoder is loaded. This module knows
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -22,11 +23,15 @@ from odqa.artifacts import Draft, sha256_file, sha256_json
 from odqa.corpus.store import PassageStore
 from odqa.errors import DataError
 from odqa.models import embedded_folder, quiet_loading
+from odqa.retrieve.tuned import Side, TunedMethod
 from odqa.runtime import choose_device, choose_dtype, progress, run_batches
 from odqa.types import Passage
 
 if TYPE_CHECKING:
     import torch
+    from tokenizers import Encoding
+
+    from odqa.frozen.backbone import Backbone
 
 R = TypeVar("R")
 Pooling = Literal["auto", "mean", "cls", "pooler"]
@@ -35,7 +40,7 @@ Segments = Literal["tokenizer", "zero"]
 
 PART_ROWS = 8192  # passages a part: a minute or two of work on two cores, which is what a kill costs at most
 _TEXT_BYTES = 32 << 20  # text that is tokenised at once: five parts of 100-word passages, or 32 of a million characters
-_LENGTH_STEP = 8  # batches are padded to multiples of this, because ever-changing shapes make the CPU allocator grow
+LENGTH_STEP = 8  # batches are padded to multiples of this, because ever-changing shapes make the CPU allocator grow
 _LONGEST = 512  # tokens, if neither settings nor the folder know a limit
 # Names of a model's inputs, and of the fields of tokenizers.Encoding that fill them.
 _FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
@@ -87,12 +92,24 @@ class EncoderSettings:
 
 
 class Encoder:
-    """Encodes questions and passages as `settings` say. Finds the question folder at once, loads models when needed."""
+    """Encodes questions and passages as `settings` say. Finds the question folder at once, loads models when needed.
 
-    def __init__(self, settings: EncoderSettings, *, device: str = "auto", batch_tokens: int | None = None) -> None:
+    `method` is the folder of a trained bi-encoder (`odqa.retrieve.tuned`), whose method the encoder computes with.
+    Raises ArtifactMismatch, when it first encodes or is asked for `tuned`, for one of another model or other settings.
+    """
+
+    def __init__(
+        self,
+        settings: EncoderSettings,
+        *,
+        device: str = "auto",
+        batch_tokens: int | None = None,
+        method: Path | None = None,
+    ) -> None:
         self.settings = settings
         self.device = device
         self.batch_tokens = batch_tokens
+        self.method = method
         self.question_folder = resolve_model(settings.question_model)
 
     @cached_property
@@ -147,14 +164,33 @@ class Encoder:
         return self._passage_tower.encode(texts, self.resolved.passage_max_tokens)
 
     @cached_property
-    def _question_tower(self) -> "_Tower":
-        return _Tower(self.question_folder, self.resolved, self.device, self.batch_tokens)
+    def tuned(self) -> TunedMethod | None:
+        """The method, checked against this encoder; None without one."""
+        if self.method is None:
+            return None
+        tuned = TunedMethod.load(self.method)
+        tuned.check({side: fingerprint(self.folder(side)) for side in tuned.sides}, asdict(self.resolved))
+        return tuned
+
+    def folder(self, side: Side) -> Path:
+        """The folder of the model that encodes a side."""
+        return self.question_folder if side == "questions" else self.passage_folder
+
+    def tower(self, side: Side, *, trainable: bool = False) -> "Tower":
+        """A model of one side in memory, with its method; `trainable`: a frozen one in float32 to put a method on."""
+        if trainable:
+            return Tower(self.folder(side), replace(self.resolved, dtype="float32"), self.device, self.batch_tokens)
+        method = self.method if self.tuned is not None and side in self.tuned.sides else None
+        return Tower(self.folder(side), self.resolved, self.device, self.batch_tokens, method)
 
     @cached_property
-    def _passage_tower(self) -> "_Tower":
-        if self.passage_folder == self.question_folder:
-            return self._question_tower
-        return _Tower(self.passage_folder, self.resolved, self.device, self.batch_tokens)
+    def _question_tower(self) -> "Tower":
+        return self.tower("questions")
+
+    @cached_property
+    def _passage_tower(self) -> "Tower":
+        is_same = self.passage_folder == self.question_folder and (self.tuned is None or self.tuned.side == "both")
+        return self._question_tower if is_same else self.tower("passages")
 
 
 def save_passage_vectors(
@@ -316,55 +352,100 @@ def _json(path: Path) -> Any:
         raise DataError(f"{path}: not JSON ({error}).") from error
 
 
-class _Tower:
-    """One transformer with its tokenizer: texts to vectors."""
+class Tower:
+    """One transformer with its tokenizer: texts to vectors. `method` is the folder of one that it computes with."""
 
-    def __init__(self, folder: Path, settings: EncoderSettings, device: str, batch_tokens: int | None) -> None:
-        self._device = choose_device(device)
+    def __init__(
+        self,
+        folder: Path,
+        settings: EncoderSettings,
+        device: str,
+        batch_tokens: int | None = None,
+        method: Path | None = None,
+    ) -> None:
+        self.device = choose_device(device)
+        self.folder = folder
         self._settings = settings
         self._batch_tokens = batch_tokens
-        self._model = _load_model(folder, choose_dtype(settings.dtype, self._device), settings.pooling).to(self._device)
-        self._tokenizer = _load_tokenizer(folder)
-        self._positions = getattr(self._model.config, "max_position_embeddings", None) or _LONGEST
+        dtype = choose_dtype(settings.dtype, self.device)
+        self.tokenizer = _load_tokenizer(folder)
+        if method is None:
+            self.model = _load_model(folder, dtype, settings.pooling)
+        else:
+            self.model = _load_model(folder, choose_dtype("float32", self.device), settings.pooling)
+            self._specialise(method, dtype)
+        self.model.to(self.device)
+        self._positions = getattr(self.model.config, "max_position_embeddings", None) or _LONGEST
         _check_length(folder, settings, self._positions)
-        self.width = int(getattr(self._model.config, "projection_dim", 0) or self._model.config.hidden_size)
+        self.width = int(getattr(self.model.config, "projection_dim", 0) or self.model.config.hidden_size)
 
     def encode(self, texts: Sequence[str | tuple[str, str]], max_tokens: int | None) -> np.ndarray:
         """float32 (N, D) for N texts or (title, text) pairs, cut at `max_tokens`."""
         import torch
 
-        backend = self._tokenizer.backend_tokenizer
-        backend.no_padding()  # MiniLM's tokenizer.json pads and cuts at 128, its model reads 256
-        backend.enable_truncation(max_tokens or self._positions)
-        encodings = backend.encode_batch(list(texts))
+        encodings = self.tokenise(texts, max_tokens)
         vectors = np.empty((len(texts), self.width), np.float32)
 
         def work(batch: list[int]) -> None:
             with torch.inference_mode():  # a setting of the thread
-                vectors[batch] = self._encode_batch([encodings[i] for i in batch])
+                found = self.vectors(self.inputs([encodings[i] for i in batch]))
+                vectors[batch] = found.cpu().numpy()
 
         lengths = [len(encoding.ids) for encoding in encodings]
-        run_batches(work, lengths, device=self._device, batch_tokens=self._batch_tokens, step=_LENGTH_STEP)
+        run_batches(work, lengths, device=self.device, batch_tokens=self._batch_tokens, step=LENGTH_STEP)
         return vectors
 
-    def _encode_batch(self, encodings: Sequence[Any]) -> np.ndarray:
-        """Pad to (B, T), run the model, pool to float32 (B, D)."""
+    def tokenise(self, texts: Sequence[str | tuple[str, str]], max_tokens: int | None) -> list["Encoding"]:
+        """Token ids of texts or (title, text) pairs, cut at `max_tokens` (None: what the model reads)."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()  # MiniLM's tokenizer.json pads and cuts at 128, its model reads 256
+        backend.enable_truncation(max_tokens or self._positions)
+        encodings: list[Encoding] = backend.encode_batch(list(texts))
+        return encodings
+
+    def inputs(self, encodings: Sequence["Encoding"]) -> dict[str, "torch.Tensor"]:
+        """What the model takes, (B, T) each, padded to a common length."""
         import torch
 
         longest = max(len(encoding.ids) for encoding in encodings)
-        shape = (len(encodings), min(_round_up(longest, _LENGTH_STEP), self._positions))
-        names = {"attention_mask", *self._tokenizer.model_input_names}
+        shape = (len(encodings), min(_round_up(longest, LENGTH_STEP), self._positions))
+        names = {"attention_mask", *self.tokenizer.model_input_names}
         inputs = {name: np.zeros(shape, np.int64) for name in names}
-        inputs["input_ids"] += self._tokenizer.pad_token_id or 0
+        inputs["input_ids"] += self.tokenizer.pad_token_id or 0
         for row, encoding in enumerate(encodings):
             for name, values in inputs.items():
                 if name != "token_type_ids" or self._settings.segments == "tokenizer":
                     values[row, : len(encoding.ids)] = getattr(encoding, _FIELDS[name])
-        tensors = {name: torch.from_numpy(values).to(self._device) for name, values in inputs.items()}
-        vectors = _pool(self._model(**tensors), tensors["attention_mask"], self._settings.pooling)
-        if self._settings.normalize:
-            vectors = torch.nn.functional.normalize(vectors, dim=1)
-        return np.asarray(vectors.cpu().numpy(), np.float32)
+        return {name: torch.from_numpy(values).to(self.device) for name, values in inputs.items()}
+
+    def vectors(self, inputs: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+        """Run the model and pool: float32 (B, D)."""
+        import torch
+
+        vectors = _pool(self.model(**inputs), inputs["attention_mask"], self._settings.pooling)
+        return torch.nn.functional.normalize(vectors, dim=1) if self._settings.normalize else vectors
+
+    def backbone(self) -> "Backbone":
+        """The model as a frozen backbone, for methods: it requires no gradient, and is known by its fingerprint."""
+        from odqa.frozen.backbone import Backbone
+        from odqa.frozen.backbone import fingerprint as of_weights
+
+        self.model.requires_grad_(False)
+        return Backbone(str(self.folder), "encoder", self.model, self.tokenizer, of_weights(self.model))
+
+    def _specialise(self, folder: Path, dtype: "torch.dtype") -> None:
+        """Put a trained method into the model, which is in float32 and this tower's own, and compute in `dtype`."""
+        from odqa.frozen.lora import Lora
+        from odqa.frozen.method import load_method
+
+        backbone = self.backbone()
+        method = load_method(folder, backbone)
+        method.requires_grad_(False)
+        if isinstance(method, Lora):
+            method.merge(backbone)
+        else:
+            method.attach(backbone)
+        self.model.to(dtype)
 
 
 def _check_length(folder: Path, settings: EncoderSettings, positions: int) -> None:

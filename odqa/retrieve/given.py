@@ -1,25 +1,28 @@
-"""Passage vectors that were made elsewhere: DPR's embedding files, or a FAISS index as it is.
+"""Passage vectors that need not be made: DPR's embedding files, a FAISS index as it is, or those of another index.
 
 What comes in is put into the collection's order: vector i belongs to passage i, or a table says which. Everything that
 can be checked is: one vector for each passage, width, metric, unit length, and for a sample of passages that the
 encoder of the recipe makes the same vectors. An index with the wrong ids would else give wrong hits in silence.
 """
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from odqa.artifacts import Draft
+from odqa.artifacts import Artifact, Draft, sha256_file
 from odqa.corpus.store import PassageStore
 from odqa.errors import DataError
-from odqa.retrieve.dense import Encoder
+from odqa.retrieve.dense import Encoder, fingerprint
 from odqa.retrieve.dpr_embeddings import iterate_embeddings, read_ids
 from odqa.retrieve.parts import VectorParts
-from odqa.retrieve.vectors import Metric, read_faiss
+from odqa.retrieve.tuned import TunedMethod
+from odqa.retrieve.vectors import Metric, VectorSettings, read_faiss
 
 _PART_ROWS = 100_000  # rows of a part: few files, and each is filled in whatever order the ids come
 _SAMPLE = 8  # ours: passages that are encoded again
@@ -59,6 +62,86 @@ class GivenVectors:
                 f"{self.name}: normalized is {self.is_normalized}, but the recipe's encoder has normalize: "
                 f"{settings.normalize}. Questions and passages must be treated alike."
             )
+
+
+@dataclass(frozen=True, slots=True)
+class IndexVectors:
+    """The passage vectors of another index of the same passages, made by the same model with the same settings.
+
+    So an encoder whose method is for questions alone needs no encoding. `name` is what the recipe says, `identity` goes
+    into the manifest.
+    """
+
+    name: str
+    index: Artifact
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {"index": self.index.hash}
+
+    def check(self, encoder: Encoder) -> None:
+        """Raises DataError for an index without vectors, or with passages encoded by another model or otherwise."""
+        file = self.index.path / "dense/encoder.json"
+        if not file.is_file():
+            raise DataError(f"{self.name}: an index without vectors. Name one with an encoder under given.")
+        told = json.loads(file.read_text(encoding="utf-8"))
+        settings = asdict(encoder.resolved)
+        wrong = [key for key in _OF_PASSAGES if settings[key] != told["settings"].get(key)]
+        if told["weights"]["passage"] != fingerprint(encoder.passage_folder):
+            wrong.append("passage_model")
+        if _passage_method(encoder.method) != _passage_method(self.index.path / "dense/method"):
+            wrong.append("method")
+        if wrong:
+            raise DataError(
+                f"{self.name}: its passages were encoded with another {', '.join(wrong)} than this recipe's. Remove "
+                "vectors.given: then they are encoded."
+            )
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether the index kept its vectors; of one that did not, the FAISS index is copied as it is."""
+        return (self.index.path / "dense/vectors").is_dir()
+
+    def place(self, encoder: Encoder, settings: VectorSettings, draft: Draft) -> bool:
+        """Copy the vectors into `draft`; True if they can be searched as `settings` say without more ado.
+
+        Raises DataError if the passages in the draft's store are others, or the index cannot give its vectors.
+        """
+        _check_passages(self.name, self.index, draft)
+        source = self.index.path / "dense"
+        if self.has_vectors:
+            draft.part("dense/vectors", partial(shutil.copytree, source / "vectors"))
+            return False
+        found = json.loads((source / "search/search.json").read_text(encoding="utf-8"))["faiss"]
+        if found != settings.faiss:
+            raise DataError(
+                f"{self.name}: searched by FAISS ({found}), and its vectors are not kept. Name the same under "
+                "vectors.faiss, or build that index with keep: true."
+            )
+        for file in sorted((source / "search").iterdir()):
+            if file.name != "search.json":
+                draft.part(f"dense/search/{file.name}", partial(_copy, file))
+        told = json.loads((source / "search/search.json").read_text(encoding="utf-8"))
+        draft.write_json("dense/search/search.json", told | {"search": dict(settings.search)})
+        return True
+
+
+# Settings of an encoder that decide the vectors of passages.
+_OF_PASSAGES = ("pooling", "normalize", "passage_prefix", "passage_max_tokens", "titles", "segments")
+
+
+def _passage_method(folder: Path | None) -> str | None:
+    """The hash of a trained method if passages are encoded with it."""
+    tuned = None if folder is None or not folder.is_dir() else TunedMethod.load(folder)
+    return tuned.hash if tuned is not None and "passages" in tuned.sides else None
+
+
+def _check_passages(name: str, index: Artifact, draft: Draft) -> None:
+    """Raises DataError unless the draft's store has the texts of the index, file by file."""
+    theirs = {file: entry["sha256"] for file, entry in index.manifest["files"].items() if file.startswith("passages/")}
+    ours = {file.relative_to(draft.path).as_posix(): file for file in (draft.path / "passages").iterdir()}
+    if theirs.keys() != ours.keys() or any(sha256_file(path) != theirs[file] for file, path in ours.items()):
+        raise DataError(f"{name}: an index of other passages than this recipe's. Name one of the same collection.")
 
 
 def _last_name(model: str) -> str:

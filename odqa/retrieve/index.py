@@ -3,6 +3,7 @@
     passages/        the text store (odqa.corpus.store)
     bm25/            settings with the analyser, and postings (odqa.retrieve.bm25)
     dense/           encoder.json: the encoder, its settings and fingerprints
+    dense/method/    the trained method that it computes with, if there is one (odqa.retrieve.tuned)
     dense/vectors/   passage vectors in parts, unless FAISS has replaced them
     dense/search/    how they are searched (odqa.retrieve.vectors)
 
@@ -11,6 +12,7 @@ What a pipeline does not use is not loaded: BM25 alone imports neither torch nor
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -24,8 +26,9 @@ from odqa.retrieve.bm25 import Bm25Searcher, Bm25Settings, ReferenceSearcher, bu
 from odqa.retrieve.dense import Encoder, EncoderSettings, fingerprint, save_passage_vectors, tokenizer_fingerprint
 from odqa.retrieve.faiss_build import check_build
 from odqa.retrieve.fuse import Normalise, alpha_fusion, reciprocal_rank_fusion, weighted_fusion
-from odqa.retrieve.given import GivenVectors, place_embeddings, place_index
+from odqa.retrieve.given import GivenVectors, IndexVectors, place_embeddings, place_index
 from odqa.retrieve.rankings import Rankings, Searcher, check_depth
+from odqa.retrieve.tuned import FILES as METHOD_FILES
 from odqa.retrieve.vectors import VectorSearcher, VectorSettings, build_vectors, load_vectors
 from odqa.runtime import peak_memory_bytes
 from odqa.types import Hit, Passage, Query
@@ -45,7 +48,8 @@ def build_index(
     bm25: Bm25Settings | None = None,
     encoder: EncoderSettings | None = None,
     vectors: VectorSettings | None = None,
-    given: GivenVectors | None = None,
+    given: GivenVectors | IndexVectors | None = None,
+    method: Path | None = None,
     recipe: Mapping[str, Any] | None = None,
     device: str = "auto",
     part_rows: int = PART_ROWS,
@@ -55,8 +59,9 @@ def build_index(
 
     `source` says what the passages are (path and sha256 of the file) and goes into the manifest; `bm25` and `encoder`
     are what to build, `vectors` how the encoder's vectors are searched (default: exactly), `given` vectors that need
-    not be made (DataError if they are not the encoder's). `recipe` is the resolved recipe for the manifest (default:
-    the settings). A killed build continues when it is called again with the same
+    not be made (DataError if they are not the encoder's). `method` is the folder of a trained bi-encoder that the
+    encoder computes with; the index keeps a copy. `recipe` is the resolved recipe for the manifest (default: the
+    settings). A killed build continues when it is called again with the same
     arguments and a stream of the same passages; the stream is not touched if the store was finished.
 
     `memory_budget`: bytes that the process may take, however many passages come; three quarters of it are for what they
@@ -64,7 +69,7 @@ def build_index(
     are the same bytes under any. DataError before a passage is encoded if a FAISS type needs more.
     """
     memory = memory_budget * 3 // 4
-    dense = Encoder(encoder, device=device) if encoder else None
+    dense = Encoder(encoder, device=device, method=method) if encoder else None
     vectors = vectors or VectorSettings()
     settings: dict[str, Any] = {"part_rows": part_rows}
     inputs: dict[str, Any] = {"passages": dict(source)}
@@ -74,6 +79,8 @@ def build_index(
     if dense:
         settings["encoder"], settings["vectors"] = asdict(dense.resolved), asdict(vectors)
         inputs["encoder"] = _fingerprints(dense)
+        if dense.tuned is not None:
+            inputs["method"] = dense.tuned.hash
         if given is not None:
             given.check(dense)
             inputs["vectors"] = given.identity
@@ -86,12 +93,14 @@ def build_index(
         store = PassageStore.open(draft.path / "passages")
         draft.counts["passages"] = len(store)
         makes_vectors = dense is not None and not draft.has("dense/search/search.json")
-        if dense and makes_vectors and vectors.faiss is not None and (given is None or given.faiss is None):
+        if dense and makes_vectors and vectors.faiss is not None and not _comes_searchable(given):
             rows, width = len(store), dense.width
             check_build(vectors.faiss, width, rows=rows, train_rows=vectors.train_rows, memory=memory)
         if bm25:
             build_bm25(store, bm25, draft, memory=memory)
         if dense:
+            for name in METHOD_FILES if method is not None else ():
+                draft.part(f"dense/method/{name}", partial(shutil.copyfile, Path(str(method)) / name))
             if makes_vectors:
                 _make_vectors(dense, store, vectors, given, draft, memory)
             draft.write_json(
@@ -108,21 +117,31 @@ def build_index(
     return load_index(path, device=device)
 
 
+def _comes_searchable(given: GivenVectors | IndexVectors | None) -> bool:
+    """Whether a FAISS index is taken over, so that none has to be built."""
+    if isinstance(given, IndexVectors):
+        return not given.has_vectors
+    return given is not None and given.faiss is not None
+
+
 def _make_vectors(
     encoder: Encoder,
     store: PassageStore,
     settings: VectorSettings,
-    given: GivenVectors | None,
+    given: GivenVectors | IndexVectors | None,
     draft: Draft,
     memory: int,
 ) -> None:
     """Make or take over the passage vectors, and make them searchable."""
-    if given is not None and given.faiss is not None:
+    if isinstance(given, IndexVectors):
+        if given.place(encoder, settings, draft):
+            return
+    elif given is not None and given.faiss is not None:
         place_index(given, encoder, store, draft, "dense/search", settings.search)
         return
-    if given is not None:
+    if isinstance(given, GivenVectors):
         place_embeddings(given, encoder, store, draft, "dense/vectors")
-    else:
+    elif given is None:
         save_passage_vectors(encoder, store, draft, "dense/vectors")
     build_vectors(draft.path / "dense/vectors", settings, draft, "dense/search", memory=memory)
 
@@ -186,7 +205,8 @@ class Index:
         settings = EncoderSettings(**{"prompts": False, **built["settings"]})  # older ones were built without prompts
         if self._encoder is not None:
             settings = replace(settings, question_model=self._encoder, passage_model=None)
-        encoder = Encoder(settings, device=self._device)
+        method = self.path / "dense/method"
+        encoder = Encoder(settings, device=self._device, method=method if method.is_dir() else None)
         found, expected = fingerprint(encoder.question_folder), built["weights"]["question"]
         if found != expected:
             raise ArtifactMismatch(

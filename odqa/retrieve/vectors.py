@@ -77,6 +77,13 @@ class VectorSearcher(Protocol):
         """At most k rows a vector of (Q, D). Raises ValueError for k < 1, DataError for a wrong width or NaN."""
         ...
 
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """float32 (n, D): the vectors of rows, as they are searched (perhaps quantised).
+
+        Raises DataError for a FAISS index that cannot give its vectors back.
+        """
+        ...
+
 
 def build_vectors(
     vectors: Path, settings: VectorSettings, draft: Draft, name: str = "search", *, memory: int = MEMORY
@@ -189,6 +196,10 @@ class ExactVectors:
             _merge(best, queries, first + columns, scores)
         return best
 
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """float32 (n, D): the vectors of rows. See `VectorSearcher.take`."""
+        return self._whole[rows] if self._is_small else self.parts.rows(rows)
+
 
 class DeviceVectors:
     """The exact search on a device of torch: matrix products there; candidates are scored as `ExactVectors` does it.
@@ -227,6 +238,10 @@ class DeviceVectors:
                 scores = _inner(vectors, take, queries, columns)
                 _merge(best, queries, first + start + columns, scores)
         return best
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """float32 (n, D): the vectors of rows. See `VectorSearcher.take`."""
+        return self.parts.rows(rows)
 
     def _parts(self) -> "Iterator[tuple[int, torch.Tensor]]":
         """(first row, (n, D) in the files' format) over the collection, kept on the device or not."""
@@ -337,6 +352,31 @@ class FaissVectors:
         found = scores[is_hit] if self._metric == "inner-product" else -scores[is_hit]
         return rank_entries(queries[is_hit], hits, found, count=len(rows), k=k, source=self.source)
 
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """float32 (n, D): the vectors of rows. See `VectorSearcher.take`."""
+        import faiss
+
+        wanted = np.ascontiguousarray(rows if self._rows is None else self._faiss_rows[rows], np.int64)
+        try:
+            lists = faiss.try_extract_index_ivf(self._index)
+            if lists is not None:
+                lists.make_direct_map()
+            vectors: np.ndarray = self._index.reconstruct_batch(wanted)
+        except RuntimeError as error:
+            raise DataError(
+                f"a FAISS index of this type does not give its vectors back ({last_line(error)}). Use an index "
+                "without faiss, or with faiss: Flat."
+            ) from error
+        return vectors[:, :-1] if self._metric == "dpr-hnsw" else vectors
+
+    @cached_property
+    def _faiss_rows(self) -> np.ndarray:
+        """int64: the FAISS row of each passage row, where `rows` says the opposite."""
+        assert self._rows is not None
+        inverse = np.empty(len(self._rows), np.int64)
+        inverse[np.asarray(self._rows)] = np.arange(len(self._rows))
+        return inverse
+
 
 class Int8Vectors:
     """Vectors in a byte a dimension, memory-mapped: codes.npy int8 (N, D) times scales.npy float32 (N,)."""
@@ -378,6 +418,10 @@ class RefinedVectors:
         rows = candidates[queries, places]
         scores = _inner(np.ascontiguousarray(vectors, np.float32), self._better.rows, queries, rows)
         return rank_entries(queries, rows, scores, count=len(vectors), k=min(k, len(self._better)), source=self.source)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """float32 (n, D): the better vectors of rows. See `VectorSearcher.take`."""
+        return self._better.rows(rows)
 
 
 def _candidates(best: Rankings, block: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

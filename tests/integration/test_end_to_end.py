@@ -281,6 +281,54 @@ def test_hard_negatives_are_mined_and_train_a_reranker_that_reranks(
     assert steps["rerank"]["scores"] == sorted(steps["rerank"]["scores"], reverse=True)
 
 
+def test_a_question_side_is_trained_searched_and_mined_with(world: World, training: Path, tmp_path: Path) -> None:
+    """Train on the frozen index; an index with the method takes its vectors over; what is mined is ranked by it."""
+    recipe = yaml.safe_load(training.read_text())
+    rows = [json.loads(line) for line in Path(recipe["train"]).read_text(encoding="utf-8").splitlines()]
+    known = [row | {"positive_ids": [str(number)]} for number, row in enumerate(rows, 1)]  # to find their vectors by
+    recipe["train"] = str(write_jsonl(tmp_path / "known.jsonl", known))
+    settings = {key: recipe[key] for key in ("method", "train", "passages", "device", "tune")}
+    settings |= {
+        "kind": "train-bi-encoder",
+        "index": str(world.index),
+        "side": "questions",
+        "batch": {"questions": 8, "hard": 1},
+        "fit": {"steps": 3, "learning_rates": {"method": 0.05}, "evaluate_every": 2},
+    }
+    write_yaml(tmp_path / "towns-questions.yaml", settings)
+    places = ("--artifacts", str(world.artifacts))
+    made = ok("train", tmp_path / "towns-questions.yaml", *places, "--json").json
+    assert made["manifest"]["counts"]["examples"] == 40 and made["manifest"]["counts"]["questions_seen"] == 24
+    curve = json.loads((Path(made["path"]) / "curve.json").read_text())
+    assert [entry["step"] for entry in curve] == [2, 3] and all("tune.recall@1" in entry for entry in curve)
+    assert "trained already" in ok("train", tmp_path / "towns-questions.yaml", *places).err
+
+    index = yaml.safe_load(world.index.read_text())
+    index["dense"] |= {"method": made["path"], "vectors": {"given": str(world.index)}}
+    write_yaml(tmp_path / "towns-tuned.yaml", index)
+    built = ok("index", tmp_path / "towns-tuned.yaml", *places, "--json").json
+    frozen = load_artifact(world.artifacts / "towns")
+    vectors = "dense/vectors/part-00000.npy"
+    assert built["manifest"]["files"][vectors] == frozen.manifest["files"][vectors]
+    assert "built already" in ok("index", tmp_path / "towns-tuned.yaml", *places).err
+
+    pipeline = yaml.safe_load(world.pipeline("dense").read_text()) | {"index": str(tmp_path / "towns-tuned.yaml")}
+    write_yaml(tmp_path / "dense-tuned.yaml", pipeline)
+    asked = f"how high is the tower of {TOWNS[10]}"
+    steps = [
+        ok("ask", file, asked, *places, "--json").json["trace"]["steps"][0]
+        for file in (world.pipeline("dense"), tmp_path / "dense-tuned.yaml")
+    ]
+    assert steps[0]["scores"] != steps[1]["scores"]
+    mining = {"kind": "mine", "train": recipe["train"], "passages": recipe["passages"], "depth": 6}
+    write_yaml(tmp_path / "mined-again.yaml", mining | {"pipelines": [str(tmp_path / "dense-tuned.yaml")]})
+    mined = ok("mine", tmp_path / "mined-again.yaml", *places, "--json").json
+    assert mined["manifest"]["counts"] == {"questions": 40}
+    again = ["--set", f"rankings={mined['path']}", "--set", f"start={made['path']}", "--out", str(tmp_path / "second")]
+    second = ok("train", tmp_path / "towns-questions.yaml", *places, *again, "--json").json
+    assert second["manifest"]["inputs"]["start"] == made["manifest"]["files"]["method.safetensors"]["sha256"]
+
+
 def test_a_training_names_what_has_to_be_mined_first(world: World, training: Path, tmp_path: Path) -> None:
     mining = {"kind": "mine", "train": "x", "passages": ["y"], "pipelines": ["z"]}
     write_yaml(tmp_path / "later.yaml", mining)

@@ -119,6 +119,19 @@ def test_two_number_formats_are_compared(
     assert row["float32"]["recall@1"] <= row["float32"]["recall@5"] <= row["float32"]["recall@20"]
 
 
+def test_two_number_formats_can_be_compared_on_a_sample(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "precision.json"
+    options = ("--passages", "20", "--out", out)
+    assert run("bench.py", "precision", world.index, world.questions, *options, monkeypatch=monkeypatch) == 0
+    result = json.loads(out.read_text())
+    (row,) = result["sets"]
+    assert result["passages"] == 20 and row["top_20_overlap"] == 1  # all of them
+    # Every third passage, the 1st, 4th, ... of 60; asked about are the 1st, 6th, 11th, ...: four of twelve are there.
+    assert row["float32"]["recall@100"] == row["bfloat16"]["recall@100"] == pytest.approx(100 * 4 / 12, abs=0.01)
+
+
 def test_overlap_counts_rows_that_both_tops_have() -> None:
     from odqa.retrieve.rankings import Rankings
 

@@ -266,3 +266,50 @@ def test_faiss_ids_that_are_no_rows_are_refused(tmp_path: Path, build: Build, ve
     index.add_with_ids(vectors, np.arange(60, dtype=np.int64) + 1000)
     faiss.write_index(index, str(tmp_path / "index"))
     assert "ids of their own (1000 to 1059), not the numbers of rows from 0" in refused(build, {"faiss": "index"})
+
+
+# --- the vectors of another index
+
+
+@pytest.mark.parametrize("how", [{}, {"faiss": "Flat"}, {"faiss": "HNSW16", "keep": True}], ids=str)
+def test_vectors_of_another_index_are_taken_over_without_encoding(
+    tmp_path: Path, build: Build, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build(None, out="first", how=how)
+    expected = hits(first)
+    monkeypatch.setattr(Encoder, "encode_passages", None)  # whoever calls it fails
+    second = build(None, out="second", how=how | {"given": str(first.path)})
+    assert hits(second) == expected
+    assert second.artifact.manifest["inputs"]["vectors"] == {"index": first.artifact.hash}
+    assert np.array_equal(second.dense.vectors.take(np.arange(60)), first.dense.vectors.take(np.arange(60)))
+
+
+def test_an_index_that_does_not_fit_is_refused(tmp_path: Path, build: Build, bert: Path) -> None:
+    first = build(None, out="first", how={"faiss": "Flat"})
+    given = {"given": str(first.path)}
+    with pytest.raises(OdqaError, match="encoded with another titles than this recipe's"):
+        build(None, out="titles", how=given | {"faiss": "Flat"}, titles="space")
+    other = tiny_bert(tmp_path / "ctx-encoder", window=512, seed=1)
+    with pytest.raises(OdqaError, match="encoded with another passage_model"):
+        build(None, out="model", how=given | {"faiss": "Flat"}, passage_model=str(other), pooling="mean")
+    with pytest.raises(OdqaError, match=r"searched by FAISS \(Flat\), and its vectors are not kept"):
+        build(None, out="exact", how=given)
+    with pytest.raises(OdqaError, match="no finished artifact here"):
+        build(None, out="nothing", how={"given": str(tmp_path)})
+    shorter = [{"id": p.id, "title": p.title, "text": p.text} for p in PASSAGES[:-1]]
+    rows = write_jsonl(tmp_path / "shorter.jsonl", shorter)
+    recipe = load_recipe(tmp_path / "recipe.yaml", "index", settings={"passages.file": str(rows)})
+    recipe = load_recipe(
+        write_yaml(tmp_path / "other.yaml", recipe.resolved), "index", settings={"dense.vectors": given}
+    )
+    with pytest.raises(OdqaError, match="an index of other passages than this recipe's"):
+        jobs.build_index(recipe, out=tmp_path / "passages", places=Places(tmp_path, tmp_path / "artifacts"))
+
+
+def test_a_recipe_without_a_method_is_what_it_was_before_there_were_methods() -> None:
+    plain = load_recipe("indexes/nq-mini.yaml").resolved["dense"]
+    tuned = load_recipe("indexes/nq-mini-tuned.yaml").resolved["dense"]
+    assert "method" not in plain and tuned["method"] == "artifacts/minilm-questions"
+    assert {key: value for key, value in tuned.items() if key not in ("method", "vectors")} == {
+        key: value for key, value in plain.items() if key != "vectors"
+    }

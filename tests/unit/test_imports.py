@@ -16,7 +16,7 @@ VALUES = {"types", "errors"}
 GROUND = {"text", "sentences", "corpus", "artifacts", "runtime", "models"}
 STAGES = {"retrieve", "rerank", "pack", "read", "recurse"}
 STAGE = VALUES | GROUND | {"stages"}
-MODELS = {"rerank", "read", "recurse"}  # stages that run a language model
+MODELS = {"retrieve", "rerank", "read", "recurse"}  # stages whose models can have a method
 
 # Part of the package: the parts that it may import, besides itself and `odqa` (the version).
 ALLOWED = {

@@ -490,6 +490,7 @@ def _pairs() -> dict[str, tuple[type[config.Settings], Any, set[str]]]:
     from odqa.retrieve.bm25 import Analyzer, Bm25Settings
     from odqa.retrieve.dense import EncoderSettings
     from odqa.retrieve.index import AlphaHybridRetriever, HybridRetriever
+    from odqa.retrieve.train import BatchSettings
     from odqa.retrieve.vectors import VectorSettings
 
     backbone = {"model", "device", "dtype"}
@@ -500,7 +501,7 @@ def _pairs() -> dict[str, tuple[type[config.Settings], Any, set[str]]]:
         "alpha-hybrid": (config.AlphaHybridRetriever, AlphaHybridRetriever, {"alpha"}),
         "bm25": (config.Bm25, Bm25Settings, {"analyzer"}),
         "analyzer": (config.AnalyzerSettings, Analyzer, {"stop_words"}),
-        "dense": (config.Dense, EncoderSettings, {"vectors", "question_model", "device"}),
+        "dense": (config.Dense, EncoderSettings, {"vectors", "question_model", "device", "method"}),
         "vectors": (config.Vectors, VectorSettings, {"search", "given"}),
         "cross-encoder": (config.CrossEncoder, CrossEncoderReranker, {"model"}),
         "likelihood": (config.QuestionLikelihood, QuestionLikelihoodReranker, {"model", "load_options"}),
@@ -519,6 +520,7 @@ def _pairs() -> dict[str, tuple[type[config.Settings], Any, set[str]]]:
         ),
         "fit": (config.FitRecipe, FitSettings, {"steps", "learning_rates"}),
         "groups": (config.GroupRecipe, GroupSettings, {"source_weights"}),
+        "contrast": (config.ContrastRecipe, BatchSettings, {"source_weights"}),
     }
 
 
