@@ -33,21 +33,26 @@ class Kind:
     sides: dict[str, int]
     keys: int
     maps: tuple[tuple[int, int], ...]  # (d_in, d_out) of the linear maps of all layers
+    norms: int  # values of all normalisations in the layers
     skip: tuple[str, ...] = ()
 
 
 # Width 32, feed-forward 64 (GPT-2: 128), 2 layers; Llama has 2 key heads of 8. A layer of T5 and BERT has four square
-# maps an attention and two between 32 and 64.
+# maps an attention and two between 32 and 64. A layer has two normalisations, with attention to a source three; those
+# of T5 and Llama have no shift.
 SQUARE, UP, DOWN = (32, 32), (32, 64), (64, 32)
 KINDS = {
-    "gpt2": Kind(tiny_gpt2, "causal", {"self": 2}, 32, 2 * ((32, 96), SQUARE, (32, 128), (128, 32))),
-    "llama": Kind(tiny_llama, "causal", {"self": 2}, 16, 2 * (SQUARE, SQUARE, (32, 16), (32, 16), UP, UP, DOWN)),
+    "gpt2": Kind(tiny_gpt2, "causal", {"self": 2}, 32, 2 * ((32, 96), SQUARE, (32, 128), (128, 32)), 2 * 2 * 64),
+    "llama": Kind(
+        tiny_llama, "causal", {"self": 2}, 16, 2 * (SQUARE, SQUARE, (32, 16), (32, 16), UP, UP, DOWN), 2 * 2 * 32
+    ),
     "t5": Kind(
         partial(tiny_t5, factor=1.0),
         "seq2seq",
         {"encoder": 2, "decoder": 2, "cross": 2},
         32,
         2 * (12 * (SQUARE,) + 2 * (UP, DOWN)),
+        2 * (2 + 3) * 32,
     ),
     "bert2bert": Kind(
         tiny_bert2bert,
@@ -55,6 +60,7 @@ KINDS = {
         {"encoder": 2, "decoder": 2, "cross": 2},
         32,
         2 * (12 * (SQUARE,) + 2 * (UP, DOWN)),
+        2 * (2 + 3) * 64,
         ("encoder.pooler",),
     ),
     "odqa-mini": Kind(
@@ -63,6 +69,7 @@ KINDS = {
         {"encoder": 2, "decoder": 2, "cross": 2},
         32,
         2 * (12 * (SQUARE,) + 2 * (UP, DOWN)),  # not the maps behind the layers: output, pointer, gate
+        2 * (2 + 3) * 64,
     ),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -71,6 +78,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prefix-tuning": {"length": P, "inner": M},
     "flat-prefix-tuning": {"length": P, "inner": None, "cross": False},
     "lora": {"rank": R, "alpha": 6.0},
+    "adapter": {"rank": R},
+    "normed-adapter": {"rank": R, "norms": True, "cross": True},
     "fine-tuning": {},
 }
 SOFT = ("prompt-tuning", "deep-prompt", "prefix-tuning", "flat-prefix-tuning")
@@ -123,7 +132,7 @@ _made: list[Method] = []
 
 
 def create(name: str, backbone: Backbone, **settings: Any) -> Method:
-    method = create_method(name.removeprefix("flat-"), backbone, **settings)
+    method = create_method(name.removeprefix("flat-").removeprefix("normed-"), backbone, **settings)
     _made.append(method)
     return method
 
@@ -173,6 +182,26 @@ def test_a_fresh_method_changes_nothing_where_the_paper_says_so(name: str, kind:
     assert torch.equal(losses(backbone), before)
 
 
+@pytest.mark.parametrize("name", ["adapter", "normed-adapter"])
+def test_a_fresh_adapter_changes_next_to_nothing(name: str, kind: str, backbone: Backbone) -> None:
+    before = losses(backbone)
+    fresh, moved = make(name, kind, backbone, moved=False), make(name, kind, backbone)
+    # A bottleneck adds about 0.01 |h| sqrt(32) * 0.01 sqrt(3) = 0.001 |h|, and gelu halves it: layer by layer next to
+    # nothing, whatever wide weights make of it behind.
+    fresh.attach(backbone)
+    change = (losses(backbone) - before).abs().max()
+    fresh.detach()
+    moved.attach(backbone)
+    assert 0 < change < 0.1 and change < 0.05 * (losses(backbone) - before).abs().max()
+    moved.detach()
+    with torch.no_grad():
+        for key, tensor in fresh.named_parameters():
+            if key.startswith("up."):
+                tensor.zero_()
+    fresh.attach(backbone)
+    assert torch.equal(losses(backbone), before)
+
+
 def test_saved_and_loaded_gives_identical_logits(
     name: str, kind: str, backbone: Backbone, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -203,6 +232,16 @@ def test_exactly_the_expected_tensors_are_saved(name: str, kind: str, backbone: 
         found = sorted((saved[key][1], saved[f"B.{key[2:]}"][0]) for key in saved if key.startswith("A."))
         assert found == sorted(model.maps)
         return
+    elif name.endswith("adapter"):
+        # Two a layer, and with `cross` a third one in each layer of a decoder that reads a source.
+        places = sum(n if s == "cross" else 2 * n for s, n in model.sides.items() if s != "cross" or "normed" in name)
+        shapes = {"down": (R, 32), "down_bias": (R,), "up": (32, R), "up_bias": (32,)}
+        for part, shape in shapes.items():
+            assert [found for key, found in saved.items() if key.startswith(f"{part}.")] == [shape] * places
+        norms = [shape for key, shape in saved.items() if key.startswith("norms.")]
+        assert set(norms) <= {(32,)} and 32 * len(norms) == (model.norms if "normed" in name else 0)
+        assert len(saved) == 4 * places + len(norms)
+        return
     else:
         named = backbone.model.named_parameters()
         expected = {
@@ -219,12 +258,15 @@ def test_the_count_is_the_formula(name: str, kind: str, backbone: Backbone) -> N
     flat = 2 * layers * P * model.keys
     # A network a side: P vectors of 32, a map of 32 to M and one of M to the 2 L keys and values of a position.
     network = sum(P * 32 + 33 * M + (M + 1) * 2 * number * model.keys for number in model.sides.values())
+    bottleneck = 2 * 32 * R + 32 + R
     expected = {
         "prompt-tuning": P * 32,
         "deep-prompt": flat,
         "prefix-tuning": network,
         "flat-prefix-tuning": flat,
         "lora": sum(R * (d_in + d_out) for d_in, d_out in model.maps),
+        "adapter": layers * 2 * bottleneck,
+        "normed-adapter": (layers * 2 + model.sides.get("cross", 0)) * bottleneck + model.norms,
         "fine-tuning": count.frozen - (32 * 32 + 32 if model.skip else 0),  # without BERT's pooler
     }[name]
     assert count.trainable == expected
@@ -464,6 +506,23 @@ def test_a_start_that_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         create("prompt-tuning", load("gpt2", folders), **settings)
+
+
+def test_a_layer_whose_parts_are_not_known_needs_their_names(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load("gpt2", folders)
+    monkeypatch.setattr("odqa.frozen.adapter._FEED_FORWARD", ())
+    with pytest.raises(
+        DataError, match=r"2 attentions and 0 feed-forward parts found.*attn\.c_attn, attn\.c_proj, mlp"
+    ):
+        create("adapter", backbone, rank=2)
+    named = create("adapter", backbone, rank=2, targets=["attn.c_proj", "mlp.c_proj"])
+    assert named.count(backbone).trainable == 2 * 2 * (2 * 32 * 2 + 32 + 2)
+    with pytest.raises(DataError, match=r"adapter: no linear map of .* ends in 'c_pro'"):
+        create("adapter", backbone, rank=2, targets=["c_pro"])
+    with pytest.raises(DataError, match="rank is 0"):
+        create("adapter", backbone, rank=0)
 
 
 def test_two_prefixes_at_once_are_refused(folders: dict[str, Path]) -> None:
