@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
@@ -109,6 +109,24 @@ class Method(nn.Module):
         save_file(tensors, folder / TENSORS)
         description = {"kind": self.kind, "settings": self.saved_settings(), "backbone": self.backbone_fingerprint}
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+    save_pretrained = save  # the name that it has on the hub's side
+
+    @classmethod
+    def from_pretrained(cls, name: str, backbone: Backbone, **options: Any) -> Self:
+        """A method of this kind (of any, if called on `Method`) from a folder or the hub; see `odqa.frozen.hub`."""
+        from odqa.frozen.hub import load_pretrained
+
+        method = load_pretrained(name, backbone, **options)
+        if not isinstance(method, cls):
+            raise ArtifactError(f"{name}: holds {method.kind}, not {cls.kind}.")
+        return method
+
+    def push_to_hub(self, repo_id: str, backbone: Backbone, **options: Any) -> str:
+        """Upload the method and a card; returns the address. See `odqa.frozen.hub`."""
+        from odqa.frozen.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, backbone, **options)
 
 
 def create_method(kind: str, backbone: Backbone, **settings: Any) -> Method:

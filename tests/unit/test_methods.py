@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from odqa.errors import ArtifactError, ArtifactMismatch, DataError
+from odqa.frozen.adapter import adapted_maps
 from odqa.frozen.backbone import Architecture, Backbone, Encoded, fingerprint, load_backbone
 from odqa.frozen.layout import insert, pad_rows, remove, text_start
 from odqa.frozen.method import Method, create_method, load_method
@@ -525,6 +526,24 @@ def test_a_layer_whose_parts_are_not_known_needs_their_names(
         create("adapter", backbone, rank=0)
 
 
+@pytest.mark.parametrize("family", ["Bart", "Opt", "GPTNeoX", "Falcon", "DistilBert", "Qwen2", "Roberta"])
+def test_layers_of_other_families_have_a_place_for_adapters(family: str) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    own = {
+        "Bart": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+        | {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32},
+        "Opt": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 32},
+        "DistilBert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+    }.get(family, sizes)
+    names = {"Opt": "OPT"}.get(family, family)
+    config = getattr(transformers, f"{names}Config")(vocab_size=50, pad_token_id=1, **own)
+    model = getattr(transformers, f"{names}Model")(config)
+    found = adapted_maps(Backbone(family, "causal", model, None, ""), None, cross=False)  # type: ignore[arg-type]
+    assert len(found) == 2 * 2, "behind attention and feed-forward part of each of two layers"
+
+
 def test_two_prefixes_at_once_are_refused(folders: dict[str, Path]) -> None:
     backbone = load("llama", folders)
     make("deep-prompt", "llama", backbone).attach(backbone)
@@ -576,7 +595,7 @@ def test_a_checkpoint_in_pefts_format_is_read_back(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "IA3 is not supported; PROMPT_TUNING, PREFIX_TUNING and LORA are"),
+        ({"peft_type": "IA3"}, "IA3 is not supported; PROMPT_TUNING, P_TUNING, PREFIX_TUNING and LORA are"),
         ({"use_dora": True}, "use_dora is True"),
         ({"r": 7}, r"shape \(3, 32\), expected \(7, 32\)"),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}, "expected prompt_embeddings alone"),
