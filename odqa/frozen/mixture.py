@@ -203,7 +203,8 @@ class Mixture:
     @property
     def bytes(self) -> int:
         """Memory that the stacked tensors take, padding and all."""
-        stacked = [*self._updates.values(), *self._bottlenecks.values(), *self._norms.values()]
+        stacked = [group.parts for group in (*self._updates.values(), *self._bottlenecks.values())]
+        stacked += self._norms.values()
         stacked += [(given().keys, given().values) for given in self._layers.values()]
         stacked += [] if self._words is None else [(self._words,)]
         return sum(tensor.numel() * tensor.element_size() for group in stacked for tensor in group)
@@ -226,8 +227,8 @@ class Mixture:
         if self._words is not None:
             length = self._words.shape[1]
             undo.append(BeforeText(self._backbone, "a row's prompt", length, self._words_of).remove)
-        hooks = [(name, _add_update(*parts)) for name, parts in self._updates.items()]
-        hooks += [(name, _add_bottleneck(*parts)) for name, parts in self._bottlenecks.items()]
+        hooks = [(name, _add_update(group)) for name, group in self._updates.items()]
+        hooks += [(name, _add_bottleneck(group)) for name, group in self._bottlenecks.items()]
         hooks += [(name, _scale(self._norms_of.norms[name], *parts)) for name, parts in self._norms.items()]
         undo += [model.get_submodule(name).register_forward_hook(hook).remove for name, hook in hooks]
         if self._moved is not None and takes(model, "position_ids"):
@@ -296,11 +297,32 @@ def _shown(rows: Sequence[torch.Tensor | None], device: torch.device) -> torch.T
     return torch.arange(longest, device=device) >= longest - lengths[:, None]
 
 
-def _stack(rows: Sequence[tuple[torch.Tensor, ...] | None]) -> tuple[torch.Tensor, ...]:
-    """Of each of the tensors that a row has for a module: (R, longest, ...), see `_pad`."""
-    parts = next(len(row) for row in rows if row is not None)
-    stacked = [_pad([None if row is None else row[number] for row in rows]) for number in range(parts)]
-    return tuple(tensor for tensor in stacked if tensor is not None)
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The rows that have something for a module: n of R, their numbers `at` (n,), their parts (n, longest, ...)."""
+
+    rows: int
+    at: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
+
+    def of(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> those of the group, (n, B / R * T, D)."""
+        grouped = _by_row(states, self.rows)
+        return grouped if len(self.at) == self.rows else grouped[self.at]
+
+    def add(self, states: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) states, with the group's changes added."""
+        if len(self.at) == self.rows:
+            return states + change.view_as(states)
+        return _by_row(states, self.rows).index_add(0, self.at, change).view_as(states)
+
+
+def _stack(rows: Sequence[tuple[torch.Tensor, ...] | None]) -> _Group:
+    at = [number for number, row in enumerate(rows) if row is not None]
+    own = [row for row in rows if row is not None]
+    stacked = [_pad([row[number] for row in own]) for number in range(len(own[0]))]
+    parts = tuple(tensor for tensor in stacked if tensor is not None)
+    return _Group(len(rows), torch.tensor(at, device=parts[0].device), parts)
 
 
 def _by_row(states: torch.Tensor, rows: int) -> torch.Tensor:
@@ -313,20 +335,21 @@ def _by_row(states: torch.Tensor, rows: int) -> torch.Tensor:
     return states.reshape(rows, -1, states.shape[-1])
 
 
-def _add_update(a: torch.Tensor, b: torch.Tensor) -> Callable[..., torch.Tensor]:
+def _add_update(group: _Group) -> Callable[..., torch.Tensor]:
+    a, b = group.parts
+
     def add(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        update = _by_row(args[0], len(a)) @ a.mT @ b
-        return output + update.view_as(output)
+        return group.add(output, group.of(args[0]) @ a.mT @ b)
 
     return add
 
 
-def _add_bottleneck(
-    down: torch.Tensor, down_bias: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor
-) -> Callable[..., torch.Tensor]:
+def _add_bottleneck(group: _Group) -> Callable[..., torch.Tensor]:
+    down, down_bias, up, up_bias = group.parts
+
     def add(_module: nn.Module, _args: Any, h: torch.Tensor) -> torch.Tensor:
-        inner = nn.functional.gelu(torch.baddbmm(down_bias[:, None], _by_row(h, len(down)), down.mT))
-        return h + torch.baddbmm(up_bias[:, None], inner, up).view_as(h)
+        inner = nn.functional.gelu(torch.baddbmm(down_bias[:, None], group.of(h), down.mT))
+        return group.add(h, torch.baddbmm(up_bias[:, None], inner, up))
 
     return add
 

@@ -107,6 +107,8 @@ def compare(
     systems: dict[str, Callable[[int], object]] = {
         SHARED: partial(generate_shared, backbone, shared(backbone, length), texts, written)
     }
+    kind, of_it = of_kind("lora", length)
+    systems["one shared LoRA"] = partial(generate_shared, backbone, create(backbone, kind, **of_it), texts, written)
     for number, (name, kinds) in enumerate(settings.items()):
         for row, (kind, of_it) in enumerate(kinds):
             create(backbone, kind, seed=row, **of_it).save(folder / f"{number}" / f"{row}")
