@@ -1,5 +1,6 @@
 """What every method must do on every kind of language model: one list of promises, kept by all of them."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from odqa.config import AdapterSettings
 from odqa.errors import ArtifactError, ArtifactMismatch, DataError
-from odqa.frozen.adapter import adapted_maps
+from odqa.frozen.adapter import Adapter, adapted_maps
 from odqa.frozen.backbone import Architecture, Backbone, Encoded, fingerprint, load_backbone
 from odqa.frozen.layout import insert, pad_rows, remove, text_start
 from odqa.frozen.method import Method, create_method, load_method
@@ -524,6 +526,11 @@ def test_a_layer_whose_parts_are_not_known_needs_their_names(
         create("adapter", backbone, rank=2, targets=["c_pro"])
     with pytest.raises(DataError, match="rank is 0"):
         create("adapter", backbone, rank=0)
+
+
+def test_a_recipe_says_all_that_an_adapter_takes_and_nothing_else() -> None:
+    taken = set(inspect.signature(Adapter.__init__).parameters) - {"self", "backbone"}
+    assert set(AdapterSettings.model_fields) - {"kind"} == taken
 
 
 @pytest.mark.parametrize("family", ["Bart", "Opt", "GPTNeoX", "Falcon", "DistilBert", "Qwen2", "Roberta"])
