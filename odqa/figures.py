@@ -146,6 +146,37 @@ def training_curve(
     _save(path, (_PANEL[0], _PANEL[1] * (1 + len(scores)) + 0.5), draw)
 
 
+def lines(
+    path: Path,
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    *,
+    x_label: str,
+    x_scale: Scale = "linear",
+    logarithmic: Sequence[str] = (),
+) -> None:
+    """Draw a panel for each label of a y axis, and in it lines by label: their xs and ys.
+
+    The axes in `logarithmic` are so; the others begin at 0. Raises MissingExtra without matplotlib.
+    """
+    labels = list(dict.fromkeys(label for panel in panels.values() for label in panel))
+
+    def draw(figure: "Figure") -> None:
+        columns = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (y_label, panel) in zip(columns, panels.items(), strict=True):
+            for label, (xs, ys) in panel.items():
+                axes.plot(xs, ys, label=label, markersize=4, **_style(labels.index(label)))
+            axes.set(xlabel=x_label, ylabel=y_label)
+            _scale_x(axes, sorted({x for xs, _ in panel.values() for x in xs}), x_scale)
+            if y_label in logarithmic:
+                axes.set_yscale("log")
+            else:
+                axes.set_ylim(bottom=0)
+        shown = {label: line for axes in columns for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(4, len(shown)))
+
+    _save(path, (_PANEL[0] * len(panels), _PANEL[1] + 0.5), draw)
+
+
 def _draw_metric(axes: "Axes", group: Sequence[Measured], metric: str, styles: Mapping[str, int]) -> None:
     lines: dict[str, list[tuple[float, Score]]] = {}
     for system in group:

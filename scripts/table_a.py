@@ -89,10 +89,11 @@ ROWS = (
     Row("deep-prompt", {"kind": "deep-prompt", "length": 50}, 7e-3),
     Row("prefix-tuning", {"kind": "prefix-tuning", "length": 50}, 3e-4),
     Row("lora", {"kind": "lora", "rank": 16, "alpha": 32}, 1e-3),
+    Row("adapter", {"kind": "adapter", "rank": 16}, 1e-3),
     Row("fine-tuning", {"kind": "fine-tuning"}, 1e-4),
     Row("random-prompt-50", prompt(50), 0.003, is_random=True),
 )
-SWEPT = ("prompt-50", "deep-prompt", "prefix-tuning", "lora", "fine-tuning")  # one row of each kind
+SWEPT = ("prompt-50", "deep-prompt", "prefix-tuning", "lora", "adapter", "fine-tuning")  # one row of each kind
 TABLES = {
     "table-a": tuple(row.name for row in ROWS),
     "table-d": ("none", "prompt-50", "deep-prompt", "lora", "fine-tuning"),

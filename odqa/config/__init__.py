@@ -39,6 +39,7 @@ from odqa.config.pipeline import (
     TrimSettings,
 )
 from odqa.config.training import (
+    AdapterSettings,
     AnyMethod,
     AveragedPart,
     BiEncoderFit,
@@ -83,6 +84,7 @@ RECIPES: dict[str, type[Settings]] = {
 
 __all__ = [
     "RECIPES",
+    "AdapterSettings",
     "AlphaHybridRetriever",
     "AnalyzerSettings",
     "AnyMethod",

@@ -32,6 +32,19 @@ class LoraSettings(Settings):
     seed: int = 0
 
 
+class AdapterSettings(Settings):
+    """Houlsby adapters: bottlenecks behind attention and feed-forward part of every layer (arXiv 1902.00751)."""
+
+    kind: Literal["adapter"]
+    rank: int = Field(64, ge=1, description="inner width of a bottleneck")
+    norms: bool = Field(True, description="train the layers' normalisations too, as the paper does")
+    cross: bool = Field(False, description="encoder-decoders: a bottleneck behind the attention to the source too")
+    targets: tuple[str, ...] | None = Field(
+        None, description="endings of names of the linear maps they stand behind; None: known ones"
+    )
+    seed: int = 0
+
+
 class PromptTuningSettings(Settings):
     """Learned word vectors before the text (Lester et al. 2021, arXiv 2104.08691)."""
 
@@ -113,7 +126,9 @@ class ReaderTraining(Settings):
 
     kind: Literal["train-span-reader"]
     backbone: str
-    method: Annotated[LoraSettings | DeepPromptSettings | FineTuningSettings, Field(discriminator="kind")]
+    method: Annotated[
+        LoraSettings | AdapterSettings | DeepPromptSettings | FineTuningSettings, Field(discriminator="kind")
+    ]
     longest: int = Field(24, ge=1, description="tokens of the longest answer")
     train: str = Field(description="jsonl of question, answers, title, passage, negative_ids, source")
     passages: tuple[str, ...] = Field(
@@ -169,7 +184,9 @@ class RerankerTraining(Settings):
 
     kind: Literal["train-reranker"]
     backbone: str
-    method: Annotated[LoraSettings | DeepPromptSettings | FineTuningSettings, Field(discriminator="kind")]
+    method: Annotated[
+        LoraSettings | AdapterSettings | DeepPromptSettings | FineTuningSettings, Field(discriminator="kind")
+    ]
     train: str = Field(description="training examples: jsonl, or DPR's training json")
     passages: tuple[str, ...] = Field((), description="files that hold the passages that examples and rankings name")
     rankings: str | None = Field(None, description="a mining recipe or what it made; null: only the file's negatives")
@@ -268,7 +285,14 @@ class ModelAverage(Settings):
         return self
 
 
-AnyMethod = PromptTuningSettings | DeepPromptSettings | PrefixTuningSettings | LoraSettings | FineTuningSettings
+AnyMethod = (
+    PromptTuningSettings
+    | DeepPromptSettings
+    | PrefixTuningSettings
+    | LoraSettings
+    | AdapterSettings
+    | FineTuningSettings
+)
 
 
 class ContextRecipe(Settings):

@@ -24,10 +24,9 @@ from odqa.errors import DataError
 if TYPE_CHECKING:
     from odqa.frozen.backbone import Backbone
 
-KeysAndValues = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
 _NAMES = {"eager": "odqa-eager", "sdpa": "odqa-sdpa"}  # transformers' names -> ours
-_before: WeakKeyDictionary[nn.Module, KeysAndValues] = WeakKeyDictionary()
+_before: WeakKeyDictionary[nn.Module, "GivesVectors"] = WeakKeyDictionary()
 _watchers: list[Callable[[nn.Module, torch.Tensor, torch.Tensor], None]] = []
 
 
@@ -40,10 +39,50 @@ class Site:
     head_width: int
 
 
-class Attached:
-    """Vectors in the attentions of a model, until `remove`. `vectors` is by module name; shapes: see `keys_before`."""
+class Shown:
+    """Which of the vectors of R rows are there, (R, P) bool: makes an attention's mask of it and the text's.
 
-    def __init__(self, model: nn.Module, vectors: dict[str, KeysAndValues]) -> None:
+    The layers of a model ask for the same mask one after the other, so the last one is kept.
+    """
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+        self._last: tuple[torch.Tensor | None, tuple[int, int], torch.Tensor] | None = None
+
+    def before(self, mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """(B, 1 or heads, 1 or queries, P + T), bool or added to logits as the text's `mask` is (None: all seen)."""
+        size = len(key), key.shape[2]
+        if self._last is not None and self._last[0] is mask and self._last[1] == size:
+            return self._last[2]
+        text = query.new_zeros(1, 1, 1, size[1]) if mask is None else mask
+        visible = of_batch(self.rows, size[0])[:, None, None].expand(-1, *text.shape[1:3], -1)
+        if text.dtype != torch.bool:
+            lowest = torch.finfo(text.dtype).min
+            visible = text.new_zeros(visible.shape).masked_fill(~visible, lowest)
+        joined = torch.cat([visible, text.expand(size[0], -1, -1, -1)], dim=-1)
+        self._last = mask, size, joined
+        return joined
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """Keys and values before the text of R rows: (R, heads, P, head width) each; `shown` None: all are there.
+
+    A batch has R rows or a multiple k R: then each k neighbours (beams of a text) share a row's. With R = 1 all do.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    shown: Shown | None = None
+
+
+GivesVectors = Callable[[], Vectors]
+
+
+class Attached:
+    """Vectors in the attentions of a model, until `remove`. `vectors` is by module name."""
+
+    def __init__(self, model: nn.Module, vectors: dict[str, GivesVectors]) -> None:
         self._modules = [(model.get_submodule(name), given) for name, given in vectors.items()]
         if taken := [name for name in vectors if model.get_submodule(name) in _before]:
             raise RuntimeError(f"{taken[0]} has keys and values before its text already; detach the other method first")
@@ -181,23 +220,38 @@ def keys_before(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Keys, values and mask of an attention with the method's vectors before the text's, which every query sees.
 
-    Text: (B, heads, T, head width) each; vectors: (1 or B, heads, P, head width): rows may have vectors of their own.
-    A bias by distance (T5) in `options` is 0 for the vectors, which have no position.
+    Text: (B, heads, T, head width) each. A bias by distance (T5) in `options` is 0 for the vectors, which have no
+    position.
     """
+    given = _before[module]()
     # Expanded before the cast: the gradients of the rows are summed in the vectors' own type.
-    first_key, first_value = (given.expand(len(key), -1, -1, -1).to(key.dtype) for given in _before[module]())
+    first_key, first_value = (of_batch(part, len(key)).to(key.dtype) for part in (given.keys, given.values))
     length, queries = first_key.shape[2], query.shape[2]
     is_causal = options.get("is_causal")
-    if mask is not None:
-        seen = torch.ones if mask.dtype == torch.bool else torch.zeros
-        shown = seen(*mask.shape[:-1], length, dtype=mask.dtype, device=mask.device)
-        mask = torch.cat([shown, mask], dim=-1)
-    elif queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    if mask is None and queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         # "No mask" meant: query i sees the text's keys up to i.
-        mask = torch.ones(queries, length + key.shape[2], dtype=torch.bool, device=key.device).tril(length)[None, None]
+        mask = torch.ones(queries, key.shape[2], dtype=torch.bool, device=key.device).tril()[None, None]
+    if given.shown is not None:
+        mask = given.shown.before(mask, query, key)
+    elif mask is not None:
+        seen = torch.ones if mask.dtype == torch.bool else torch.zeros
+        mask = torch.cat([seen(*mask.shape[:-1], length, dtype=mask.dtype, device=mask.device), mask], dim=-1)
     if (bias := options.get("position_bias")) is not None:
         options["position_bias"] = nn.functional.pad(bias, (length, 0))
     return torch.cat([first_key, key], dim=2), torch.cat([first_value, value], dim=2), mask
+
+
+def of_batch(given: torch.Tensor, batch: int) -> torch.Tensor:
+    """What each row of a batch has of what R rows have, see `Vectors`: (R, ...) -> (B, ...).
+
+    Raises ValueError for a batch that is no multiple of R.
+    """
+    rows = len(given)
+    if batch % rows:
+        raise ValueError(f"a batch of {batch} rows cannot be shared out among the {rows} rows that have vectors")
+    if rows == 1:
+        return given.expand(batch, *given.shape[1:])
+    return given if rows == batch else given.repeat_interleave(batch // rows, dim=0)
 
 
 def _own_function(module: nn.Module, name: str) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from odqa.errors import DataError
-from odqa.frozen.layout import Side, insert, pad_rows, text_positions, text_start
+from odqa.frozen.layout import Side, pad_rows, text_positions
 from odqa.models import embedded_folder, quiet_loading
 from odqa.runtime import choose_device, choose_dtype
 
@@ -31,6 +31,9 @@ Architecture = Literal["encoder", "causal", "seq2seq"]
 _NOT_IDENTITY = {"transformers_version", "dtype", "torch_dtype", "name_or_path", "use_cache"}
 # How configurations name the longest text they were made for, most common first.
 _WINDOW_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+
+# Where an encoder's output has its mask, if a soft prompt made it longer than the text's.
+SOURCE_MASK = "odqa_source_mask"
 
 Tokens = Sequence[Sequence[int]]
 
@@ -101,10 +104,8 @@ class Backbone:
         ids, mask = self._tensors(sources, padding)
         encoder = self.model.get_encoder()
         positions = {"position_ids": text_positions(mask)} if takes(encoder, "position_ids") else {}
-        states = encoder(input_ids=ids, attention_mask=mask, return_dict=True, **positions).last_hidden_state
-        if added := states.shape[1] - mask.shape[1]:  # a soft prompt
-            mask = insert(mask, text_start(mask), mask.new_ones(len(mask), added))
-        return Encoded(states, mask)
+        output = encoder(input_ids=ids, attention_mask=mask, return_dict=True, **positions)
+        return Encoded(output.last_hidden_state, getattr(output, SOURCE_MASK, mask))
 
     def forward(
         self, sources: "Tokens | Encoded", targets: Tokens | None = None, *, padding: Side | None = None

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from odqa.errors import DataError
-from odqa.frozen.attention import Attached, KeysAndValues, Site, keys_and_values, sites
+from odqa.frozen.attention import Attached, GivesVectors, Site, Vectors, keys_and_values, sites
 from odqa.frozen.backbone import Backbone, takes
 from odqa.frozen.layout import text_positions
 from odqa.frozen.method import Method
@@ -50,10 +50,9 @@ class KeyValueMethod(Method):
         return torch.stack([self.layer_vectors(side, layer) for layer in range(len(self.sites[side]))], dim=1)
 
     def _install(self, backbone: Backbone) -> None:
-        def vectors(side: str, layer: int) -> KeysAndValues:
-            def of_all_rows() -> tuple[torch.Tensor, torch.Tensor]:
-                key, value = self.layer_vectors(side, layer).to(backbone.model.dtype).unsqueeze(1)
-                return key, value
+        def vectors(side: str, layer: int) -> GivesVectors:
+            def of_all_rows() -> Vectors:
+                return Vectors(*self.layer_vectors(side, layer).to(backbone.model.dtype).unsqueeze(1))
 
             return of_all_rows
 
@@ -71,20 +70,25 @@ class KeyValueMethod(Method):
 
     def _move_text(self, backbone: Backbone) -> Any:
         def move(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            ids = (
-                kwargs["input_ids"] if kwargs.get("input_ids") is not None else (*args, kwargs.get("inputs_embeds"))[0]
-            )
-            mask, cache, positions = (
-                kwargs.get(name) for name in ("attention_mask", "past_key_values", "position_ids")
-            )
-            seen = 0 if cache is None else int(cache.get_seq_length())
-            check_room(backbone, self.kind, self.length, seen + ids.shape[1])
-            if positions is None:
-                mask = ids.new_ones(len(ids), seen + ids.shape[1], dtype=torch.long) if mask is None else mask
-                positions = text_positions(mask)[:, seen:]
+            width, positions = text_of_call(args, kwargs)
+            check_room(backbone, self.kind, self.length, width)
             return args, {**kwargs, "position_ids": positions + self.length}
 
         return move
+
+
+def text_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, torch.Tensor]:
+    """Of a call of a causal model: how many tokens it has then seen, pads too, and the positions (B, T) it is given.
+
+    If it is given none, those that count text.
+    """
+    ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else (*args, kwargs.get("inputs_embeds"))[0]
+    mask, cache, positions = (kwargs.get(name) for name in ("attention_mask", "past_key_values", "position_ids"))
+    seen = 0 if cache is None else int(cache.get_seq_length())
+    if positions is None:
+        mask = ids.new_ones(len(ids), seen + ids.shape[1], dtype=torch.long) if mask is None else mask
+        positions = text_positions(mask)[:, seen:]
+    return seen + ids.shape[1], positions.expand(len(ids), -1)
 
 
 def parameters_by_side(vectors: dict[str, torch.Tensor]) -> nn.Parameter | nn.ParameterDict:

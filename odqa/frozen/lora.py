@@ -15,7 +15,7 @@ from torch import nn
 
 from odqa.errors import DataError
 from odqa.frozen.backbone import Backbone, fingerprint
-from odqa.frozen.method import Method
+from odqa.frozen.method import Method, as_key
 
 
 class Lora(Method):
@@ -32,15 +32,15 @@ class Lora(Method):
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         for name, linear in target_linears(backbone, targets).items():
             # Kaiming-uniform with a = sqrt(5), as the authors' code initialises A: uniform in +-1/sqrt(d_in).
-            d_out, d_in = _shape(linear)
+            d_out, d_in = map_shape(linear)
             start = torch.empty(rank, d_in).uniform_(-(d_in**-0.5), d_in**-0.5, generator=generator)
-            self.A[_key(name)] = nn.Parameter(start)
-            self.B[_key(name)] = nn.Parameter(torch.zeros(d_out, rank))
+            self.A[as_key(name)] = nn.Parameter(start)
+            self.B[as_key(name)] = nn.Parameter(torch.zeros(d_out, rank))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def _install(self, backbone: Backbone) -> None:
         for name, linear in target_linears(backbone, self.settings["targets"]).items():
-            a, b = self.A[_key(name)], self.B[_key(name)]
+            a, b = self.A[as_key(name)], self.B[as_key(name)]
 
             def add_update(
                 _module: nn.Module,
@@ -70,17 +70,17 @@ class Lora(Method):
         """
         self._check_backbone(backbone)
         for name, linear in target_linears(backbone, self.settings["targets"]).items():
-            a, b = (tensor[_key(name)].to(linear.weight.device, torch.float32) for tensor in (self.A, self.B))
+            a, b = (tensor[as_key(name)].to(linear.weight.device, torch.float32) for tensor in (self.A, self.B))
             update = self.scale * (b @ a)
             linear.weight.copy_(linear.weight.float() + (update if isinstance(linear, nn.Linear) else update.T))
         backbone.fingerprint = fingerprint(backbone.model)
 
 
-def target_linears(backbone: Backbone, targets: list[str] | None) -> dict[str, Any]:
+def target_linears(backbone: Backbone, targets: list[str] | None, *, kind: str = "lora") -> dict[str, Any]:
     """The linear maps inside the backbone's stacks of layers, by module name, in module order.
 
     `nn.Linear`, and the `Conv1D` of GPT-2, which is a linear map with a transposed weight. Raises DataError if a target
-    matches none of them.
+    matches none of them, in the name of the method's `kind`.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -93,14 +93,14 @@ def target_linears(backbone: Backbone, targets: list[str] | None) -> dict[str, A
     for target in targets or []:
         if not any(name.endswith(target) for name in found):
             raise DataError(
-                f"lora: no linear map of {backbone.name} ends in {target!r}; there are {sorted(found)[:6]} ..."
+                f"{kind}: no linear map of {backbone.name} ends in {target!r}; there are {sorted(found)[:6]} ..."
             )
     if targets is None:
         return found
     return {name: module for name, module in found.items() if name.endswith(tuple(targets))}
 
 
-def _shape(linear: Any) -> tuple[int, int]:
+def map_shape(linear: Any) -> tuple[int, int]:
     """d_out and d_in of a linear map."""
     rows, columns = linear.weight.shape
     return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)

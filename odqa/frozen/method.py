@@ -6,11 +6,13 @@ is `method.safetensors` plus `method.json`, and is refused by any backbone but t
 
 import json
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -108,16 +110,35 @@ class Method(nn.Module):
         description = {"kind": self.kind, "settings": self.saved_settings(), "backbone": self.backbone_fingerprint}
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
+    save_pretrained = save  # the name that it has on the hub's side
+
+    @classmethod
+    def from_pretrained(cls, name: str, backbone: Backbone, **options: Any) -> Self:
+        """A method of this kind (of any, if called on `Method`) from a folder or the hub; see `odqa.frozen.hub`."""
+        from odqa.frozen.hub import load_pretrained
+
+        method = load_pretrained(name, backbone, **options)
+        if not isinstance(method, cls):
+            raise ArtifactError(f"{name}: holds {method.kind}, not {cls.kind}.")
+        return method
+
+    def push_to_hub(self, repo_id: str, backbone: Backbone, **options: Any) -> str:
+        """Upload the method and a card; returns the address. See `odqa.frozen.hub`."""
+        from odqa.frozen.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, backbone, **options)
+
 
 def create_method(kind: str, backbone: Backbone, **settings: Any) -> Method:
     """A fresh method of one of the known kinds. Raises ArtifactError naming the kinds for an unknown one."""
+    from odqa.frozen.adapter import Adapter
     from odqa.frozen.finetuning import FineTuning
     from odqa.frozen.lora import Lora
     from odqa.frozen.prefix import PrefixTuning
     from odqa.frozen.prompt import DeepPrompt
     from odqa.frozen.prompt_tuning import PromptTuning
 
-    known = (PromptTuning, DeepPrompt, PrefixTuning, Lora, FineTuning)
+    known = (PromptTuning, DeepPrompt, PrefixTuning, Lora, Adapter, FineTuning)
     kinds: dict[str, type[Method]] = {cls.kind: cls for cls in known}
     if kind not in kinds:
         raise ArtifactError(f"method kind {kind!r} is not known; known are {', '.join(sorted(kinds))}.")
@@ -130,25 +151,44 @@ def load_method(folder: Path, backbone: Backbone) -> Method:
     Raises ArtifactMismatch if it was trained on another backbone, ArtifactError if files are missing or their tensors
     are not those of the method.
     """
+    description, tensors = read_method(folder, backbone)
+    method = create_method(description["kind"], backbone, **description["settings"])
+    load_tensors(method, tensors, str(folder / TENSORS))
+    return method
+
+
+def read_method(folder: Path, backbone: Backbone) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Description (kind, settings, backbone) and tensors of a saved method for this backbone; see `load_method`."""
     description_file, tensor_file = folder / DESCRIPTION, folder / TENSORS
     for file in (description_file, tensor_file):
         if not file.is_file():
             raise ArtifactError(f"{folder}: not a saved method ({file.name} is missing).")
-    description = json.loads(description_file.read_text(encoding="utf-8"))
+    try:
+        description: dict[str, Any] = json.loads(description_file.read_text(encoding="utf-8"))
+        tensors = load_file(tensor_file)
+    except (ValueError, SafetensorError) as error:
+        raise ArtifactError(f"{folder}: a damaged method ({str(error).splitlines()[0]}).") from error
+    if missing := {"kind", "settings", "backbone"}.difference(description):
+        raise ArtifactError(f"{description_file}: {sorted(missing)[0]} is missing.")
     if description["backbone"] != backbone.fingerprint:
         raise ArtifactMismatch(
             f"{folder}: this {description['kind']} was trained on backbone {description['backbone'][:8]}; "
             f"{backbone.name} is {backbone.fingerprint[:8]}. Use that backbone or train the method again."
         )
-    method = create_method(description["kind"], backbone, **description["settings"])
-    load_tensors(method, load_file(tensor_file), str(tensor_file))
-    return method
+    return description, tensors
 
 
-def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
+def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], where: str) -> None:
     """Copy saved tensors into a module's parameters; the sets of names and the shapes must be equal."""
     own = dict(module.named_parameters())
-    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    check_shapes({name: tuple(tensor.shape) for name, tensor in own.items()}, tensors, where)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raises ArtifactError unless the tensors have exactly these names and shapes."""
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -156,6 +196,13 @@ def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], where: str
             f"{where}: {wrong[0]} has shape {found.get(wrong[0])}, expected {expected.get(wrong[0])} "
             f"({len(wrong)} tensors differ in all)."
         )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+
+
+def as_key(name: str) -> str:
+    """A module's name as a parameter's: torch forbids dots in those."""
+    return name.replace(".", "/")
+
+
+def as_name(key: str) -> str:
+    """Undo `as_key`."""
+    return key.replace("/", ".")

@@ -13,19 +13,18 @@ text begins still finds it there. An encoder that takes none counts by itself: b
 vector on (BART).
 """
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
 from odqa.errors import DataError
-from odqa.frozen.backbone import Backbone, takes
-from odqa.frozen.layout import insert, remove, text_positions, text_start
+from odqa.frozen.backbone import Backbone
+from odqa.frozen.before_text import BeforeText, Words
 from odqa.frozen.method import Method
-from odqa.frozen.words import check_length, check_room, random_words, words_of
+from odqa.frozen.words import check_length, random_words, words_of
 
 Start = Literal["vocabulary", "text", "uniform"]
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class PromptTuning(Method):
@@ -44,7 +43,7 @@ class PromptTuning(Method):
         super().__init__(backbone, length=length, start=start, text=text, seed=seed)
         check_length(backbone, self.kind, length)
         self.prompt = nn.Parameter(_first_vectors(backbone, length, start, text, seed))  # (P, D), float32
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._before: list[BeforeText] = []
 
     @property
     def length(self) -> int:
@@ -54,83 +53,16 @@ class PromptTuning(Method):
     def virtual_tokens(self, backbone: Backbone) -> int:
         return self.length if backbone.architecture == "causal" else 0
 
-    def rows(self, batch: int) -> torch.Tensor:
-        """The prompt of each row: (B, P, D)."""
-        return self.prompt.expand(batch, -1, -1)
+    def words(self, batch: int) -> Words:
+        """The prompt of each row."""
+        shown = torch.ones(batch, self.length, dtype=torch.long, device=self.prompt.device)
+        return Words(self.prompt.expand(batch, -1, -1), shown)
 
     def _install(self, backbone: Backbone) -> None:
-        model = backbone.model
-        reader = model.get_encoder() if backbone.architecture == "seq2seq" else model
-        gives_positions, is_causal = takes(reader, "position_ids"), backbone.architecture == "causal"
-        first = 0 if is_causal else max((backbone.window or self.length) - self.length, 0)
-
-        def add_prompt(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-            kwargs = {**dict(zip(("input_ids",), args, strict=False)), **kwargs}
-            if _has_text(kwargs.get("past_key_values")):
-                return (), self._go_on(kwargs)
-            vectors = kwargs.get("inputs_embeds")
-            vectors = backbone.embed(kwargs.pop("input_ids")) if vectors is None else vectors  # (B, T, D)
-            batch, width = vectors.shape[:2]
-            if is_causal:
-                check_room(backbone, self.kind, self.length, width)
-            mask = kwargs.get("attention_mask")
-            text = vectors.new_ones(batch, width, dtype=torch.long) if mask is None else mask
-            start = text_start(text)
-            if text.shape[1] == width + self.length:  # widened by `widen_mask`
-                text = remove(text, start, self.length)
-            elif mask is not None:
-                kwargs["attention_mask"] = self._widen(mask)
-            kwargs["inputs_embeds"] = insert(vectors, start, self.rows(batch).to(vectors.dtype))
-            if gives_positions:
-                given = kwargs.get("position_ids")
-                places = text_positions(text) if given is None else given.expand(batch, -1)
-                own = torch.arange(first, first + self.length, device=places.device)
-                kwargs["position_ids"] = insert(places + self.length * is_causal, start, own.expand(batch, -1))
-            if (types := kwargs.get("token_type_ids")) is not None:
-                kwargs["token_type_ids"] = insert(types, start, types.new_zeros(batch, self.length))
-            return (), kwargs
-
-        def hide_prompt(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            vectors, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-            for name in ("logits", "last_hidden_state"):
-                values = output.get(name)
-                if values is not None and vectors is not None and values.shape[1] == vectors.shape[1]:
-                    start = text_start(vectors.new_ones(vectors.shape[:2]) if mask is None else mask)
-                    output[name] = remove(values, start, self.length)
-            return output
-
-        def widen_mask(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-            mask, encoded = kwargs.get("attention_mask"), kwargs.get("encoder_outputs")
-            if mask is not None and (encoded is None or encoded[0].shape[1] != mask.shape[1]):
-                kwargs = {**kwargs, "attention_mask": self._widen(mask)}
-            return args, kwargs
-
-        self._handles.append(reader.register_forward_pre_hook(add_prompt, with_kwargs=True))
-        if backbone.architecture == "seq2seq":
-            self._handles.append(model.register_forward_pre_hook(widen_mask, with_kwargs=True))
-        else:
-            self._handles.append(model.register_forward_hook(hide_prompt, with_kwargs=True))
+        self._before.append(BeforeText(backbone, self.kind, self.length, self.words))
 
     def _remove(self, backbone: Backbone) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-
-    def _go_on(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A later step of generation: the cache has the prompt, mask and positions do not know of it yet."""
-        changed = dict(kwargs)
-        if (mask := kwargs.get("attention_mask")) is not None:
-            changed["attention_mask"] = self._widen(mask)
-        if (positions := kwargs.get("position_ids")) is not None:
-            changed["position_ids"] = positions + self.length
-        return changed
-
-    def _widen(self, mask: torch.Tensor) -> torch.Tensor:
-        """(B, T) -> (B, P + T), ones where the prompt is."""
-        return insert(mask, text_start(mask), mask.new_ones(len(mask), self.length))
-
-
-def _has_text(cache: Any) -> bool:
-    return cache is not None and int(cache.get_seq_length()) > 0
+        self._before.pop().remove()
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import pytest
 from odqa import config, jobs
 from odqa.errors import DataError, RecipeError
 from odqa.evaluate import Evaluation, QuestionResult, Score
-from odqa.figures import COLOURS, Measured, risk_coverage, save_figure, training_curve
+from odqa.figures import COLOURS, Measured, lines, risk_coverage, save_figure, training_curve
 from odqa.recipes import Recipe
 
 pytest.importorskip("matplotlib", reason="figures need the extra plots")
@@ -46,6 +46,18 @@ def texts(svg: Path) -> list[str]:
 )
 def test_the_line_of_a_system_is_its_name_without_its_number(name: str, x: float, line: str) -> None:
     assert Measured(name, x, evaluation(1.0)).line == line
+
+
+def test_lines_share_a_legend_over_panels_that_each_have_an_axis(tmp_path: Path) -> None:
+    path = tmp_path / "users.svg"
+    panels = {"ratio": {"mini": ([1, 20], [1.0, 1.1])}, "bytes": {"mini": ([1, 20], [1e3, 2e4]), "all": ([1], [5e6])}}
+    lines(path, panels, x_label="users", x_scale="log", logarithmic=["bytes"])
+    shown = texts(path)
+    assert {"ratio", "bytes", "users", "20"} <= set(shown)
+    assert shown.count("mini") == shown.count("all") == 1
+    before = path.read_bytes()
+    lines(path, panels, x_label="users", x_scale="log", logarithmic=["bytes"])
+    assert path.read_bytes() == before
 
 
 def test_draws_a_line_a_group_with_labels_and_units(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ SETTINGS = {
     "deep-prompt": {"length": 5},
     "prompt-tuning": {"length": 5},
     "prefix-tuning": {"length": 5, "inner": None},
+    "adapter": {"rank": 3, "norms": True},
     "fine-tuning": {"skip": ["pooler"]},
 }
 
@@ -103,6 +104,9 @@ def test_counts_are_the_formulas(backbone: Backbone) -> None:
     assert lora.trainable == 4 * layers * (4 * 2 * width + 2 * (width + inner))
     # Deep prompts: keys and values of 5 positions in every layer.
     assert create_method("deep-prompt", backbone, length=5).count(backbone).trainable == 2 * layers * 5 * width
+    # Adapters: two bottlenecks a layer, 2 D r + D + r each; two normalisations with scale and shift.
+    adapter = create_method("adapter", backbone, **SETTINGS["adapter"]).count(backbone)
+    assert adapter.trainable == layers * (2 * (2 * width * 3 + width + 3) + 2 * 2 * width)
     # Fine-tuning: everything but the pooler's matrix and bias.
     everything = create_method("fine-tuning", backbone, skip=["pooler"]).count(backbone)
     assert everything.trainable == everything.frozen - width * width - width

@@ -1,5 +1,6 @@
 """What every method must do on every kind of language model: one list of promises, kept by all of them."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from odqa.config import AdapterSettings
 from odqa.errors import ArtifactError, ArtifactMismatch, DataError
+from odqa.frozen.adapter import Adapter, adapted_maps
 from odqa.frozen.backbone import Architecture, Backbone, Encoded, fingerprint, load_backbone
 from odqa.frozen.layout import insert, pad_rows, remove, text_start
 from odqa.frozen.method import Method, create_method, load_method
@@ -33,21 +36,26 @@ class Kind:
     sides: dict[str, int]
     keys: int
     maps: tuple[tuple[int, int], ...]  # (d_in, d_out) of the linear maps of all layers
+    norms: int  # values of all normalisations in the layers
     skip: tuple[str, ...] = ()
 
 
 # Width 32, feed-forward 64 (GPT-2: 128), 2 layers; Llama has 2 key heads of 8. A layer of T5 and BERT has four square
-# maps an attention and two between 32 and 64.
+# maps an attention and two between 32 and 64. A layer has two normalisations, with attention to a source three; those
+# of T5 and Llama have no shift.
 SQUARE, UP, DOWN = (32, 32), (32, 64), (64, 32)
 KINDS = {
-    "gpt2": Kind(tiny_gpt2, "causal", {"self": 2}, 32, 2 * ((32, 96), SQUARE, (32, 128), (128, 32))),
-    "llama": Kind(tiny_llama, "causal", {"self": 2}, 16, 2 * (SQUARE, SQUARE, (32, 16), (32, 16), UP, UP, DOWN)),
+    "gpt2": Kind(tiny_gpt2, "causal", {"self": 2}, 32, 2 * ((32, 96), SQUARE, (32, 128), (128, 32)), 2 * 2 * 64),
+    "llama": Kind(
+        tiny_llama, "causal", {"self": 2}, 16, 2 * (SQUARE, SQUARE, (32, 16), (32, 16), UP, UP, DOWN), 2 * 2 * 32
+    ),
     "t5": Kind(
         partial(tiny_t5, factor=1.0),
         "seq2seq",
         {"encoder": 2, "decoder": 2, "cross": 2},
         32,
         2 * (12 * (SQUARE,) + 2 * (UP, DOWN)),
+        2 * (2 + 3) * 32,
     ),
     "bert2bert": Kind(
         tiny_bert2bert,
@@ -55,6 +63,7 @@ KINDS = {
         {"encoder": 2, "decoder": 2, "cross": 2},
         32,
         2 * (12 * (SQUARE,) + 2 * (UP, DOWN)),
+        2 * (2 + 3) * 64,
         ("encoder.pooler",),
     ),
     "odqa-mini": Kind(
@@ -63,6 +72,7 @@ KINDS = {
         {"encoder": 2, "decoder": 2, "cross": 2},
         32,
         2 * (12 * (SQUARE,) + 2 * (UP, DOWN)),  # not the maps behind the layers: output, pointer, gate
+        2 * (2 + 3) * 64,
     ),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -71,6 +81,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prefix-tuning": {"length": P, "inner": M},
     "flat-prefix-tuning": {"length": P, "inner": None, "cross": False},
     "lora": {"rank": R, "alpha": 6.0},
+    "adapter": {"rank": R},
+    "normed-adapter": {"rank": R, "norms": True, "cross": True},
     "fine-tuning": {},
 }
 SOFT = ("prompt-tuning", "deep-prompt", "prefix-tuning", "flat-prefix-tuning")
@@ -123,7 +135,7 @@ _made: list[Method] = []
 
 
 def create(name: str, backbone: Backbone, **settings: Any) -> Method:
-    method = create_method(name.removeprefix("flat-"), backbone, **settings)
+    method = create_method(name.removeprefix("flat-").removeprefix("normed-"), backbone, **settings)
     _made.append(method)
     return method
 
@@ -173,6 +185,26 @@ def test_a_fresh_method_changes_nothing_where_the_paper_says_so(name: str, kind:
     assert torch.equal(losses(backbone), before)
 
 
+@pytest.mark.parametrize("name", ["adapter", "normed-adapter"])
+def test_a_fresh_adapter_changes_next_to_nothing(name: str, kind: str, backbone: Backbone) -> None:
+    before = losses(backbone)
+    fresh, moved = make(name, kind, backbone, moved=False), make(name, kind, backbone)
+    # A bottleneck adds about 0.01 |h| sqrt(32) * 0.01 sqrt(3) = 0.001 |h|, and gelu halves it: layer by layer next to
+    # nothing, whatever wide weights make of it behind.
+    fresh.attach(backbone)
+    change = (losses(backbone) - before).abs().max()
+    fresh.detach()
+    moved.attach(backbone)
+    assert 0 < change < 0.1 and change < 0.05 * (losses(backbone) - before).abs().max()
+    moved.detach()
+    with torch.no_grad():
+        for key, tensor in fresh.named_parameters():
+            if key.startswith("up."):
+                tensor.zero_()
+    fresh.attach(backbone)
+    assert torch.equal(losses(backbone), before)
+
+
 def test_saved_and_loaded_gives_identical_logits(
     name: str, kind: str, backbone: Backbone, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -203,6 +235,16 @@ def test_exactly_the_expected_tensors_are_saved(name: str, kind: str, backbone: 
         found = sorted((saved[key][1], saved[f"B.{key[2:]}"][0]) for key in saved if key.startswith("A."))
         assert found == sorted(model.maps)
         return
+    elif name.endswith("adapter"):
+        # Two a layer, and with `cross` a third one in each layer of a decoder that reads a source.
+        places = sum(n if s == "cross" else 2 * n for s, n in model.sides.items() if s != "cross" or "normed" in name)
+        shapes = {"down": (R, 32), "down_bias": (R,), "up": (32, R), "up_bias": (32,)}
+        for part, shape in shapes.items():
+            assert [found for key, found in saved.items() if key.startswith(f"{part}.")] == [shape] * places
+        norms = [shape for key, shape in saved.items() if key.startswith("norms.")]
+        assert set(norms) <= {(32,)} and 32 * len(norms) == (model.norms if "normed" in name else 0)
+        assert len(saved) == 4 * places + len(norms)
+        return
     else:
         named = backbone.model.named_parameters()
         expected = {
@@ -219,12 +261,15 @@ def test_the_count_is_the_formula(name: str, kind: str, backbone: Backbone) -> N
     flat = 2 * layers * P * model.keys
     # A network a side: P vectors of 32, a map of 32 to M and one of M to the 2 L keys and values of a position.
     network = sum(P * 32 + 33 * M + (M + 1) * 2 * number * model.keys for number in model.sides.values())
+    bottleneck = 2 * 32 * R + 32 + R
     expected = {
         "prompt-tuning": P * 32,
         "deep-prompt": flat,
         "prefix-tuning": network,
         "flat-prefix-tuning": flat,
         "lora": sum(R * (d_in + d_out) for d_in, d_out in model.maps),
+        "adapter": layers * 2 * bottleneck,
+        "normed-adapter": (layers * 2 + model.sides.get("cross", 0)) * bottleneck + model.norms,
         "fine-tuning": count.frozen - (32 * 32 + 32 if model.skip else 0),  # without BERT's pooler
     }[name]
     assert count.trainable == expected
@@ -466,6 +511,46 @@ def test_a_start_that_makes_no_sense_is_refused(
         create("prompt-tuning", load("gpt2", folders), **settings)
 
 
+def test_a_layer_whose_parts_are_not_known_needs_their_names(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load("gpt2", folders)
+    monkeypatch.setattr("odqa.frozen.adapter._FEED_FORWARD", ())
+    with pytest.raises(
+        DataError, match=r"2 attentions and 0 feed-forward parts found.*attn\.c_attn, attn\.c_proj, mlp"
+    ):
+        create("adapter", backbone, rank=2)
+    named = create("adapter", backbone, rank=2, targets=["attn.c_proj", "mlp.c_proj"])
+    assert named.count(backbone).trainable == 2 * 2 * (2 * 32 * 2 + 32 + 2)
+    with pytest.raises(DataError, match=r"adapter: no linear map of .* ends in 'c_pro'"):
+        create("adapter", backbone, rank=2, targets=["c_pro"])
+    with pytest.raises(DataError, match="rank is 0"):
+        create("adapter", backbone, rank=0)
+
+
+def test_a_recipe_says_all_that_an_adapter_takes_and_nothing_else() -> None:
+    taken = set(inspect.signature(Adapter.__init__).parameters) - {"self", "backbone"}
+    assert set(AdapterSettings.model_fields) - {"kind"} == taken
+
+
+@pytest.mark.parametrize("family", ["Bart", "Opt", "GPTNeoX", "Falcon", "DistilBert", "Qwen2", "Roberta"])
+def test_layers_of_other_families_have_a_place_for_adapters(family: str) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    own = {
+        "Bart": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+        | {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32},
+        "Opt": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 32},
+        "DistilBert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+    }.get(family, sizes)
+    names = {"Opt": "OPT"}.get(family, family)
+    config = getattr(transformers, f"{names}Config")(vocab_size=50, pad_token_id=1, **own)
+    model = getattr(transformers, f"{names}Model")(config)
+    found = adapted_maps(Backbone(family, "causal", model, None, ""), None, cross=False)  # type: ignore[arg-type]
+    assert len(found) == 2 * 2, "behind attention and feed-forward part of each of two layers"
+
+
 def test_two_prefixes_at_once_are_refused(folders: dict[str, Path]) -> None:
     backbone = load("llama", folders)
     make("deep-prompt", "llama", backbone).attach(backbone)
@@ -517,7 +602,7 @@ def test_a_checkpoint_in_pefts_format_is_read_back(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "IA3 is not supported; PROMPT_TUNING, PREFIX_TUNING and LORA are"),
+        ({"peft_type": "IA3"}, "IA3 is not supported; PROMPT_TUNING, P_TUNING, PREFIX_TUNING and LORA are"),
         ({"use_dora": True}, "use_dora is True"),
         ({"r": 7}, r"shape \(3, 32\), expected \(7, 32\)"),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}, "expected prompt_embeddings alone"),
