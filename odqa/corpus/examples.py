@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from odqa.errors import DataError
 from odqa.types import Passage
 
@@ -45,6 +47,35 @@ class Example:
     ranking: tuple[Passage, ...] = ()
     scores: tuple[float, ...] = ()
     holds: tuple[bool, ...] = ()
+
+
+class Epochs:
+    """Which examples make a batch: `epochs(i)` are the numbers of the i-th batch's.
+
+    An epoch is a permutation of all of them, drawn by seed and epoch alone; a source's rows are in it as often as
+    `weights` says (1 if not named). What is left over at its end is not used. Raises DataError if weights leave nothing.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], size: int, *, weights: Mapping[str, int] | None = None, seed: int = 0
+    ) -> None:
+        self._seed = seed
+        times = [(weights or {}).get(example.source, 1) for example in examples]
+        self._pool = np.repeat(np.arange(len(examples)), times)
+        if not len(self._pool):
+            raise DataError("training: source_weights leave no example.")
+        #: Examples a batch: all of them if there are fewer than were asked for.
+        self.size = min(size, len(self._pool))
+        self.per_epoch = len(self._pool) // self.size
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __call__(self, index: int) -> list[int]:
+        epoch, number = divmod(index, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self._seed, 1, epoch]).permutation(self._pool)
+        chosen: list[int] = self._order[number * self.size :][: self.size].tolist()
+        return chosen
 
 
 def read_examples(

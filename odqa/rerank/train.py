@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from odqa.artifacts import Draft
-from odqa.corpus.examples import Example
+from odqa.corpus.examples import Epochs, Example
 from odqa.errors import DataError
 from odqa.frozen.backbone import Backbone, fingerprint
 from odqa.frozen.fit import FitSettings, fit
@@ -95,26 +95,19 @@ class PairBatches:
 
     def __init__(self, examples: Sequence[Example], rows: Rows, settings: GroupSettings) -> None:
         self.rows, self.settings = rows, settings
-        weights = settings.source_weights or {}
         self.examples = [e for e in examples if e.negatives and self._fits(e.question, e.positives[0])]
         self.left_out = len(examples) - len(self.examples)
         if not self.examples:
             raise DataError("training: no example has a passage that answers and one that does not.")
-        self.pool = np.repeat(np.arange(len(self.examples)), [weights.get(e.source, 1) for e in self.examples])
-        self.per_epoch = max(1, len(self.pool) // settings.groups)
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self.epochs = Epochs(self.examples, settings.groups, weights=settings.source_weights, seed=settings.seed)
 
     def __call__(self, index: int) -> PairBatch:
-        epoch, number = divmod(index, self.per_epoch)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self.settings.seed, 1, epoch]).permutation(self.pool)
         chances = np.random.default_rng([self.settings.seed, index])
         pairs: list[tuple[str, str, str]] = []
         group: list[int] = []
         positive: list[bool] = []
         teacher: list[float] = []
-        for at, chosen in enumerate(self._order[number * self.settings.groups :][: self.settings.groups]):
+        for at, chosen in enumerate(self.epochs(index)):
             example = self.examples[chosen]
             scores = dict(zip((p.id for p in example.ranking), example.scores, strict=True))
             right = [p for p in example.positives if self._fits(example.question, p)][: self.settings.positives]
@@ -182,7 +175,7 @@ def train_reranker(
     one of its bits changed.
     """
     batches = PairBatches(examples, model.rows, groups)
-    log(f"{len(batches.examples)} examples, {batches.left_out} left out, {batches.per_epoch} batches an epoch")
+    log(f"{len(batches.examples)} examples, {batches.left_out} left out, {batches.epochs.per_epoch} batches an epoch")
 
     def evaluate() -> dict[str, float]:
         with torch.autocast(model.backbone.device.type, torch.bfloat16, enabled=fit_settings.autocast):

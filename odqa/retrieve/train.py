@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from odqa.artifacts import Draft
-from odqa.corpus.examples import Example
+from odqa.corpus.examples import Epochs, Example
 from odqa.corpus.store import PassageStore
 from odqa.errors import DataError
 from odqa.frozen.backbone import Backbone, fingerprint
@@ -164,7 +164,6 @@ class ContrastBatches:
         self, examples: Sequence[Example], model: BiEncoder, settings: BatchSettings, known: KnownVectors | None
     ) -> None:
         self.model, self.settings, self.known = model, settings, known
-        weights = settings.source_weights or {}
         self.examples = [e for e in examples if e.answers and self._has(e.passage)]
         self.left_out = len(examples) - len(self.examples)
         if not self.examples:
@@ -172,18 +171,11 @@ class ContrastBatches:
                 "training: no example has an answer and a passage that the index has. Rows of a training file name "
                 "their passages by positive_ids; name the file that holds these under passages."
             )
-        self.pool = np.repeat(np.arange(len(self.examples)), [weights.get(e.source, 1) for e in self.examples])
-        self.size = min(settings.questions, len(self.pool))
-        self.per_epoch = len(self.pool) // self.size
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self.epochs = Epochs(self.examples, settings.questions, weights=settings.source_weights, seed=settings.seed)
 
     def __call__(self, index: int) -> ContrastBatch:
-        epoch, number = divmod(index, self.per_epoch)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self.settings.seed, 1, epoch]).permutation(self.pool)
         chances = np.random.default_rng([self.settings.seed, index])
-        chosen = [self.examples[at] for at in self._order[number * self.size :][: self.size]]
+        chosen = [self.examples[at] for at in self.epochs(index)]
         passages = {example.passage.id: example.passage for example in chosen}
         for example in chosen:
             passages |= {passage.id: passage for passage in self._draw(example, chances)}
@@ -286,7 +278,7 @@ def train_bi_encoder(
     backbone is guarded: AssertionError if one of its bits changed.
     """
     get = ContrastBatches(examples, model, batches, known)
-    log(f"{len(get.examples)} examples, {get.left_out} left out, {get.per_epoch} batches an epoch")
+    log(f"{len(get.examples)} examples, {get.left_out} left out, {get.epochs.per_epoch} batches an epoch")
 
     def evaluate() -> dict[str, float]:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=fit_settings.autocast):
@@ -322,7 +314,7 @@ def train_bi_encoder(
         "frozen": count.frozen,
         "examples": len(get.examples),
         "left_out": get.left_out,
-        "questions_seen": fit_settings.steps * fit_settings.accumulate * get.size,
+        "questions_seen": fit_settings.steps * fit_settings.accumulate * get.epochs.size,
     }
     draft.extra["backbone"] = {"name": model.backbone.name, "fingerprint": model.backbone.fingerprint}
     draft.measured |= {"training_seconds": round(result.seconds, 1), "peak_memory_bytes": peak_memory_bytes()}

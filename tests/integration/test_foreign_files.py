@@ -130,14 +130,16 @@ def test_runs_that_cannot_be_scored_are_refused_in_one_line(world: World, tmp_pa
     assert "an answer file of another question set: 0 ids in common" in refused("eval", tmp_path / "other.trec", *asked)
     assert "the question 'never asked' is not in" in refused("eval", tmp_path / "dpr.json", *asked)
     line = refused("eval", tmp_path / "run.trec", "--matcher", "fuzzy", *asked)
-    assert line == "RecipeError: --matcher fuzzy: expected one of string, regex."
+    assert line == "RecipeError: --matcher fuzzy: expected one of string, regex, characters."
 
 
 def test_options_that_do_not_go_with_what_is_scored_are_refused(world: World, run: Path, tmp_path: Path) -> None:
     """Not passed over in silence: the number would then mean something else than was asked."""
     (tmp_path / "run.trec").write_text("q0 Q0 1 1 2.0 x\n")
     asked = ("--questions", world.questions, "--artifacts", world.artifacts)
-    assert "--save and --set go with" in refused("eval", tmp_path / "run.trec", "--save", tmp_path / "x", *asked)
+    assert "--save, --set and --no-share go with" in refused(
+        "eval", tmp_path / "run.trec", "--save", tmp_path / "x", *asked
+    )
     assert "--index and --tag go with" in refused("eval", run, "--tag", "x", *asked)
     assert "--matcher goes with a run" in refused("eval", world.eval, "--matcher", "regex")
     assert ok("eval", run, *asked, "--json").json["scores"] == load_run(run).scores()["scores"]

@@ -103,13 +103,13 @@ def test_batches_depend_on_seed_and_number_alone(model: BiEncoder, known: KnownV
 def test_a_source_can_count_more_often(model: BiEncoder, known: KnownVectors) -> None:
     mixed = [replace(e, source="rare" if number < 4 else "towns") for number, e in enumerate(EXAMPLES)]
     batches = ContrastBatches(mixed, model, BatchSettings(questions=4, source_weights={"rare": 10}), known)
-    assert batches.per_epoch == (36 + 4 * 10) // 4
+    assert batches.epochs.per_epoch == (36 + 4 * 10) // 4
 
 
 def test_examples_whose_passage_the_index_lacks_are_left_out(model: BiEncoder, known: KnownVectors) -> None:
     strange = Passage("nowhere", "A passage of another collection.", "")
     batches = ContrastBatches([example(0, passage=strange), example(1)], model, BatchSettings(questions=2), known)
-    assert (batches.left_out, batches.size) == (1, 1)
+    assert (batches.left_out, batches.epochs.size) == (1, 1)
     with pytest.raises(DataError, match="no example has an answer and a passage that the index has"):
         ContrastBatches([example(0, passage=strange)], model, BatchSettings(), known)
 

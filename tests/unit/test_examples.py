@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from odqa.corpus.examples import Ranking, read_examples, read_rankings, read_unanswerable, write_rankings
+from odqa.corpus.examples import (
+    Epochs,
+    Example,
+    Ranking,
+    read_examples,
+    read_rankings,
+    read_unanswerable,
+    write_rankings,
+)
 from odqa.errors import DataError
 from odqa.types import Passage
 
@@ -78,3 +86,18 @@ def test_unanswerable_questions_of_a_split_without_those_about_passages_to_avoid
     (tmp_path / "none.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"none.jsonl, line 1: '77'"):
         list(read_unanswerable(tmp_path / "none.jsonl", PASSAGES, split="train"))
+
+
+def test_an_epoch_has_each_example_as_often_as_its_source_weighs() -> None:
+    passage = Passage("p", "text")
+    examples = [Example(str(n), "q", ("a",), passage, (), (), "rare" if n < 2 else "common") for n in range(5)]
+    epochs = Epochs(examples, 3, weights={"rare": 3}, seed=7)
+    # 2 * 3 + 3 * 1 = 9 places, 3 a batch
+    assert epochs.per_epoch == 3
+    first = [number for batch in range(3) for number in epochs(batch)]
+    assert sorted(first) == [0, 0, 0, 1, 1, 1, 2, 3, 4]
+    assert [number for batch in range(3, 6) for number in epochs(batch)] != first
+    assert Epochs(examples, 3, weights={"rare": 3}, seed=7)(1) == first[3:6]
+    assert sorted(Epochs(examples, 99)(4)) == [0, 1, 2, 3, 4]
+    with pytest.raises(DataError, match="leave no example"):
+        Epochs(examples, 3, weights={"rare": 0, "common": 0})
