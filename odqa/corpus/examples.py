@@ -53,7 +53,7 @@ class Epochs:
     """Which examples make a batch: `epochs(i)` are the numbers of the i-th batch's.
 
     An epoch is a permutation of all of them, drawn by seed and epoch alone; a source's rows are in it as often as
-    `weights` says (1 if not named). What is left over at its end is not used. Raises DataError if weights leave nothing.
+    `weights` says (1 if not named). What is left over at its end is not used. DataError if weights leave nothing.
     """
 
     def __init__(
