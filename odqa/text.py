@@ -5,9 +5,8 @@ Three matchers, named in every report. `string`: NFD, the tokens of DrQA's Simpl
 blanks between words, where DrQA's tokens are whole clauses and an answer inside of one is never found: NFKD (so that
 full-width and half-width forms are the same), and each character of Han, Hiragana, Bopomofo, Thai, Lao, Khmer and
 Myanmar is a token, with the marks above and below it. Katakana stays a run, as letters and digits do, because it
-writes foreign names: "イン" is not in "インド". Simplified and traditional characters
-are different. A short answer may be found inside of a longer word. Nothing here knows questions or ranks: strings in, a
-verdict out.
+writes foreign names: "イン" is not in "インド". Simplified and traditional characters are different. A short answer may
+be found inside of a longer word. Nothing here knows questions or ranks: strings in, a verdict out.
 
 Sources: the SQuAD 1.1/2.0 evaluation scripts (Rajpurkar et al. 2016, 2018); DrQA (Chen et al. 2017); DPR's
 `qa_validation` (Karpukhin et al. 2020); for F1 over characters, the MLQA evaluation script (Lewis et al. 2020), which

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from odqa.config.base import Settings
+from odqa.config.base import GrownSettings, Settings
 from odqa.errors import DataError
 
 
@@ -33,11 +33,13 @@ class Expected(Settings):
         return self
 
 
-class QuestionSet(Settings):
+class QuestionSet(GrownSettings):
     """Questions with answers, and what is expected of them: a file, or a data set that `datasets` loads (`hub`).
 
     A data set has the columns question, answer or answers (lists of strings), perhaps id. `name` is a folder's, too.
     """
+
+    LATER = frozenset({"without"})
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
     file: str | None = None
@@ -63,12 +65,6 @@ class QuestionSet(Settings):
         if (self.file is None) == (self.hub is None):
             raise ValueError(f"question set {self.name} needs either a file or a data set (hub).")
         return self
-
-    @model_serializer(mode="wrap")
-    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> Any:
-        """Without `without` where nothing is left out: recipes from before there was such a key keep their hashes."""
-        record = serialize(self)
-        return record if self.without else {key: value for key, value in record.items() if key != "without"}
 
 
 class Variant(Settings):
@@ -147,8 +143,10 @@ class FigureSettings(Settings):
         return metrics
 
 
-class EvalRecipe(Settings):
+class EvalRecipe(GrownSettings):
     """Pipelines side by side on question sets. A missing index is built first."""
+
+    LATER = frozenset({"ceiling"})
 
     kind: Literal["eval"]
     pipelines: tuple[Variant, ...] = Field(min_length=1)
@@ -159,12 +157,6 @@ class EvalRecipe(Settings):
     figure: FigureSettings | None = Field(None, description="drawn by odqa eval --save; needs the extra plots")
     seed: int = 0
     ceiling: bool = Field(False, description="count the questions that any passage of the collection answers")
-
-    @model_serializer(mode="wrap")
-    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> Any:
-        """Without `ceiling` where it is not asked for: recipes from before there was such a key keep their hashes."""
-        record = serialize(self)
-        return record if self.ceiling else {key: value for key, value in record.items() if key != "ceiling"}
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

@@ -23,9 +23,7 @@ from pathlib import Path
 from odqa.errors import DataError
 
 EXPECTED = "Expected a MediaWiki XML dump (*-pages-articles.xml or .xml.bz2)"
-PART_BYTES = (
-    2**19
-)  # packed, of a part; ours: about a quarter of a second of work, a thousandth of which is handing over
+PART_BYTES = 2**19  # packed, of a part; our choice: about a quarter of a second of work
 PLAIN_PART_BYTES = 2**22  # of plain XML: about the same work
 LARGEST_PAGE = 64 * 2**20  # bytes; chosen: MediaWiki refuses texts over 2 MiB, so more is damage or a full history
 _CHUNK = 2**18  # bytes read, or unpacked, at a time

@@ -104,7 +104,3 @@ def map_shape(linear: Any) -> tuple[int, int]:
     """d_out and d_in of a linear map."""
     rows, columns = linear.weight.shape
     return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")  # torch forbids dots in the names of parameters

@@ -277,12 +277,7 @@ def where_lost(result: QuestionResult, trace: Trace) -> str:
             told = (
                 f"No answer in the {retrieved} passages that were retrieved" if retrieved else "Nothing was retrieved"
             )
-            return (
-                told
-                + {None: ".", True: "; the collection has one.", False: "; the collection has none."}[
-                    result.in_collection
-                ]
-            )
+            return f"{told}{_IN_COLLECTION[result.in_collection]}."
         case "reranked away":
             lost = "lost by the re-ranker" if result.rerank_rank is None else "then out of reach"
             return f"A passage with an answer was {found}: {lost}; {packed} were packed."
@@ -324,7 +319,7 @@ class Piece:
 def pieces(text: str, answers: Sequence[str], said: str, matcher: Matcher) -> list[Piece]:
     """Cut a text where gold answers and the prediction begin and end; the pieces joined are the text."""
     gold = answer_spans(text, answers, matcher)
-    told = answer_spans(text, [said]) if said else []
+    told = answer_spans(text, [said], "string" if matcher == "regex" else matcher) if said else []
     cuts = sorted({0, len(text), *(end for span in (*gold, *told) for end in span)})
 
     def inside(spans: Sequence[tuple[int, int]], start: int, end: int) -> bool:

@@ -112,17 +112,19 @@ class IndexVectors:
         if self.has_vectors:
             draft.part("dense/vectors", partial(shutil.copytree, source / "vectors"))
             return False
-        found = json.loads((source / "search/search.json").read_text(encoding="utf-8"))["faiss"]
-        if found != settings.faiss:
+        told = json.loads((source / "search/search.json").read_text(encoding="utf-8"))
+        if (told["faiss"], told.get("refine")) != (settings.faiss, settings.refine):
             raise DataError(
-                f"{self.name}: searched by FAISS ({found}), and its vectors are not kept. Name the same under "
-                "vectors.faiss, or build that index with keep: true."
+                f"{self.name}: searched by FAISS ({told['faiss']}, refine {told.get('refine')}), and its vectors are "
+                "not kept. Name the same under vectors.faiss and vectors.refine, or build that index with keep: true."
             )
         for file in sorted((source / "search").iterdir()):
             if file.name != "search.json":
                 draft.part(f"dense/search/{file.name}", partial(_copy, file))
-        told = json.loads((source / "search/search.json").read_text(encoding="utf-8"))
-        draft.write_json("dense/search/search.json", told | {"search": dict(settings.search)})
+        changes: dict[str, Any] = {"search": dict(settings.search)}
+        if settings.refine is not None:
+            changes["refine_factor"] = settings.refine_factor
+        draft.write_json("dense/search/search.json", told | changes)
         return True
 
 
@@ -318,7 +320,10 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def _copy(source: Path, path: Path) -> None:
-    shutil.copyfile(source, path)
+    if source.is_dir():
+        shutil.copytree(source, path)
+    else:
+        shutil.copyfile(source, path)
 
 
 def _save_rows(path: Path, rows: np.ndarray) -> None:

@@ -207,15 +207,9 @@ def fetch_prebuilt(name: str) -> Path:
     Raises DataError for a name that Pyserini does not know, and when the index cannot be fetched.
     """
     _java()
+    _check_name(name)
     from pyserini import util
-    from pyserini.prebuilt_index_info import TF_INDEX_INFO
 
-    if name not in TF_INDEX_INFO:
-        near = difflib.get_close_matches(name, TF_INDEX_INFO, n=1)
-        hint = (
-            f"Did you mean {near[0]}?" if near else "They are the keys of pyserini.prebuilt_index_info.TF_INDEX_INFO."
-        )
-        raise DataError(f"bm25: prebuilt {name!r} is not a BM25 index that Pyserini has. {hint}")
     try:
         with contextlib.redirect_stdout(sys.stderr):
             return Path(util.download_prebuilt_index(name, verbose=False))

@@ -1,5 +1,6 @@
 """odqa.doctor: what it finds here, what it says is missing, and sizes worked out by hand."""
 
+import importlib.metadata
 import sys
 from pathlib import Path
 
@@ -55,10 +56,22 @@ def test_an_extra_that_is_missing_is_optional_with_its_line(monkeypatch: pytest.
     assert "pip install 'odqa[plots]'" in found.render() and "no-such-lint" not in found.render()
 
 
-def test_a_java_home_without_java_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_java_comes_with_the_extra_lucene_and_from_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
-    java = by_name(examine())["Java (Lucene alone)"]
-    assert java.state == "optional" and str(tmp_path) in java.found
+
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    java = doctor._java()
+    assert (java.state, java.fix) == ("optional", "pip install 'odqa[lucene]'") and str(tmp_path) not in java.found
+
+
+def test_a_model_behind_a_server_is_not_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = by_name(examine("pipelines/embedded-api.yaml"))
+    assert not any("Qwen" in name for name in found)
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------

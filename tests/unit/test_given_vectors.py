@@ -271,7 +271,9 @@ def test_faiss_ids_that_are_no_rows_are_refused(tmp_path: Path, build: Build, ve
 # --- the vectors of another index
 
 
-@pytest.mark.parametrize("how", [{}, {"faiss": "Flat"}, {"faiss": "HNSW16", "keep": True}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"faiss": "Flat"}, {"faiss": "Flat", "refine": "int8"}, {"faiss": "HNSW16", "keep": True}], ids=str
+)
 def test_vectors_of_another_index_are_taken_over_without_encoding(
     tmp_path: Path, build: Build, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,8 +294,10 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path: Path, build: Build, ber
     other = tiny_bert(tmp_path / "ctx-encoder", window=512, seed=1)
     with pytest.raises(OdqaError, match="encoded with another passage_model"):
         build(None, out="model", how=given | {"faiss": "Flat"}, passage_model=str(other), pooling="mean")
-    with pytest.raises(OdqaError, match=r"searched by FAISS \(Flat\), and its vectors are not kept"):
+    with pytest.raises(OdqaError, match=r"searched by FAISS \(Flat, refine None\), and its vectors are not kept"):
         build(None, out="exact", how=given)
+    with pytest.raises(OdqaError, match=r"searched by FAISS \(Flat, refine None\), and its vectors are not kept"):
+        build(None, out="refined", how=given | {"faiss": "Flat", "refine": "int8"})
     with pytest.raises(OdqaError, match="no finished artifact here"):
         build(None, out="nothing", how={"given": str(tmp_path)})
     shorter = [{"id": p.id, "title": p.title, "text": p.text} for p in PASSAGES[:-1]]
