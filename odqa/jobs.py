@@ -103,6 +103,7 @@ def build_index(
     """
     from odqa.corpus.mediawiki import DumpReport
     from odqa.retrieve import index as retrieve
+    from odqa.retrieve.dense import Encoder
     from odqa.retrieve.tuned import TunedMethod
 
     places = places or Places.from_environment()
@@ -121,7 +122,7 @@ def build_index(
     found = finished_artifact(folder, retrieve.KIND, recipe, log)
     if found is not None:
         inputs = found.manifest["inputs"]
-        is_same = encoder is None or inputs["encoder"] == _encoder_weights(encoder)
+        is_same = encoder is None or inputs["encoder"] == retrieve.encoder_weights(Encoder(encoder))
         is_same = is_same and inputs.get("vectors") == (None if given is None else given.identity)
         is_same = is_same and inputs.get("method") == (None if method is None else TunedMethod.load(method).hash)
         if is_same and inputs["passages"] == source_file:
@@ -201,14 +202,6 @@ def finished_artifact(folder: Path, kind: str, recipe: Recipe, log: Log) -> Arti
 def search_device(settings: config.IndexRecipe) -> str:
     """The device that an index recipe names; auto if it names none."""
     return "auto" if settings.dense is None else settings.dense.device
-
-
-def _encoder_weights(settings: "EncoderSettings") -> dict[str, str]:
-    """Fingerprints of an encoder's two models, as the manifest of an index has them."""
-    from odqa.retrieve.dense import Encoder, fingerprint
-
-    encoder = Encoder(settings)
-    return {"question": fingerprint(encoder.question_folder), "passage": fingerprint(encoder.passage_folder)}
 
 
 def _bm25_settings(settings: config.Bm25 | None) -> Any:

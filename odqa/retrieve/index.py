@@ -78,7 +78,7 @@ def build_index(
         settings["bm25"] = bm25.to_json()
     if dense:
         settings["encoder"], settings["vectors"] = asdict(dense.resolved), asdict(vectors)
-        inputs["encoder"] = _fingerprints(dense)
+        inputs["encoder"] = encoder_weights(dense)
         if dense.tuned is not None:
             inputs["method"] = dense.tuned.hash
         if given is not None:
@@ -325,7 +325,8 @@ class _HybridSearcher:
         return self.fuse(runs, k=k)
 
 
-def _fingerprints(encoder: Encoder) -> dict[str, str]:
+def encoder_weights(encoder: Encoder) -> dict[str, str]:
+    """Fingerprints of an encoder's two models, as the manifest of an index has them."""
     question = fingerprint(encoder.question_folder)
     same = encoder.passage_folder == encoder.question_folder
     return {"question": question, "passage": question if same else fingerprint(encoder.passage_folder)}
