@@ -126,9 +126,7 @@ class CausalSteps:
             layer.keys = layer.keys[chosen, :, unused:]
             layer.values = layer.values[chosen, :, unused:]
 
-    def _forward(
-        self, inputs: dict[str, Any], mask: torch.Tensor, positions: torch.Tensor, cache: Any
-    ) -> torch.Tensor:
+    def _forward(self, inputs: dict[str, Any], mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         if self._takes_positions:
             inputs = {**inputs, "position_ids": positions}
         output = self.backbone.model(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True)

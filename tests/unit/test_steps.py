@@ -43,9 +43,7 @@ def write_all(steps: Steps, texts: Sequence[Text], arrivals: Sequence[int], ends
             there, waiting = [*there, *coming], [row for row in waiting if row not in coming]
         for row, of_row in zip(there, logits, strict=True):
             written[row].append(int(of_row.argmax()))
-        going = [
-            place for place, row in enumerate(there) if len(written[row]) < NEW and written[row][-1] not in ends
-        ]
+        going = [place for place, row in enumerate(there) if len(written[row]) < NEW and written[row][-1] not in ends]
         if len(going) < len(there):
             steps.keep(going)
             there = [there[place] for place in going]
@@ -87,7 +85,7 @@ def test_logits_of_all_places_are_those_of_one_forward_pass(root: Path) -> None:
             for row, (text, name) in enumerate(zip(TEXTS, NAMES, strict=True))
         ]
         for name, text, found in zip(NAMES, texts, make_steps(backbone).join(texts), strict=True):
-            whole = world.alone(name, lambda text=text: backbone.forward([text.ids])[0])
+            whole = world.alone(name, lambda text=text, model=backbone: model.forward([text.ids])[0])
             expected = whole if text.wants_all else whole[-1:]
             torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-4)  # float32, logits up to 100
 
@@ -100,13 +98,15 @@ def test_logits_of_an_encoder_decoder_are_those_of_one_forward_pass(root: Path) 
         first = steps.join(texts)
         steps.keep(going)
         second = steps.step([40 + row for row in going])
-        start = [world.alone(n, lambda t=t: backbone.forward([t], [[9]])[0]) for n, t in zip(NAMES, TEXTS, strict=True)]
+        start = [
+            world.alone(n, lambda t=t, m=backbone: m.forward([t], [[9]])[0]) for n, t in zip(NAMES, TEXTS, strict=True)
+        ]
         for found, expected in zip(first, start, strict=True):
             torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-4)
         assert len({float(of_row.sum()) for of_row in first}) == len(first), "rows differ, or the test says little"
         for row, found in zip(going, second, strict=True):
             target = [40 + row, 9]
-            whole = world.alone(NAMES[row], lambda t=TEXTS[row], u=target: backbone.forward([t], [u])[0])
+            whole = world.alone(NAMES[row], lambda t=TEXTS[row], u=target, m=backbone: m.forward([t], [u])[0])
             torch.testing.assert_close(found, whole[1].float(), atol=1e-4, rtol=1e-4)
 
 
