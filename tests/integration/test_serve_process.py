@@ -143,8 +143,7 @@ def test_a_polite_stop_finishes_what_runs(llama: Path, tmp_path: Path) -> None:
 
 
 def blocks(kind: str) -> Iterator[str]:
-    for text in re.findall(rf"^```{kind}\n(.*?)^```$", GUIDE, flags=re.MULTILINE | re.DOTALL):
-        yield text
+    yield from re.findall(rf"^```{kind}\n(.*?)^```$", GUIDE, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_the_guides_lines_run(llama: Path, tmp_path: Path) -> None:
