@@ -199,7 +199,7 @@ def mixed_requests(model: str, count: int, seed: int = 0) -> Iterator[Json]:
         asked = chance.sample(questions, chance.choice((1, 1, 2, 4, 12)))
         body: Json = {"prompt": "".join(f"Question: {text}?\n" for text in asked) + "Answer:"}
         body["model"] = chance.choice((model, model, *(f"{model}:{name}" for name in NAMES)))
-        body["max_tokens"] = chance.randint(8, 64)
+        body |= {"max_tokens": chance.randint(8, 64), "ignore_eos": True}  # so long, whatever the model would say
         body |= {"temperature": 0} if number % 2 else {"temperature": 0.8, "top_p": 0.95, "seed": number}
         yield body
 
