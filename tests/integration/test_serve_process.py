@@ -147,7 +147,7 @@ def blocks(kind: str) -> Iterator[str]:
 
 
 def test_the_guides_lines_run(llama: Path, tmp_path: Path) -> None:
-    """Its curl lines and Python, against a server as it starts one; its own model is another, so answers are not read."""
+    """Its curl lines and Python, against a server as it starts one; the model is a random one, so no answer is read."""
     lines = [
         line for text in blocks("bash") for line in text.replace("\\\n", "").splitlines() if line.startswith("curl")
     ]
