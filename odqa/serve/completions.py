@@ -80,7 +80,8 @@ def _method(service: Service, user: str, model: str) -> tuple[str | None, int]:
 def _wishes(asked: CompletionRequest | ChatRequest, new: int) -> list[Wish]:
     if isinstance(asked, ChatRequest):
         top = (asked.top_logprobs or 0) if asked.logprobs else None
-        tokens, of_prompt = (), False
+        tokens: tuple[int, ...] = ()
+        of_prompt = False
     else:
         top, tokens = asked.logprobs, tuple(asked.logprob_token_ids or ())
         of_prompt = asked.echo and asked.logprobs is not None

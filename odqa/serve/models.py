@@ -175,7 +175,7 @@ def _tensors(service: Service, text: str) -> dict[str, torch.Tensor]:
             raise bad(
                 f"tensors are {len(raw):,} bytes; this server keeps {service.limits.artifact_bytes:,}.", "tensors"
             )
-        tensors = load(raw)
+        tensors: dict[str, torch.Tensor] = load(raw)
     except (binascii.Error, SafetensorError, ValueError, KeyError, RuntimeError, OverflowError, AttributeError):
         raise bad("tensors are not base64 of safetensors.", "tensors") from None
     is_plain = all(tensor.is_floating_point() and tensor.dtype.itemsize >= 2 for tensor in tensors.values())

@@ -6,6 +6,7 @@ and then the server only answers this machine (see `odqa.serve.server`) and page
 
 import threading
 import time
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -95,18 +96,25 @@ def service_of(request: Request) -> Service:
 
 async def user_of(request: Request) -> str:
     """Who asks. Raises ApiError: 401 without a valid key, 429 for too many requests."""
-    service = service_of(request)
-    user = LOCAL
-    if service.keys.are_needed:
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        found = service.keys.user_of(key.strip()) if scheme.lower() == "bearer" and key.strip() else None
-        if found is None:
-            said = "This server needs a key: send Authorization: Bearer KEY. Who runs it makes one with odqa serve-key."
-            raise ApiError(401, said, code="invalid_api_key")
-        user = found
-    request.scope["odqa"]["user"] = user
-    service.rates.take(user)
-    return user
+    return authenticate(service_of(request), request.scope)
+
+
+def authenticate(service: Service, scope: MutableMapping[str, Any]) -> str:
+    """Who asks, by the headers of a request; once a request. Raises ApiError as `user_of` does."""
+    facts = scope["odqa"]
+    if "user" not in facts:
+        user = LOCAL
+        if service.keys.are_needed:
+            given = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+            scheme, _, key = given.partition(" ")
+            found = service.keys.user_of(key.strip()) if scheme.lower() == "bearer" and key.strip() else None
+            if found is None:
+                said = "This server needs a key: send Authorization: Bearer KEY (who runs it: odqa serve-key USER)."
+                raise ApiError(401, said, code="invalid_api_key")
+            user = found
+        facts["user"] = user
+        service.rates.take(user)
+    return str(facts["user"])
 
 
 def note(request: Request, **facts: Any) -> None:
