@@ -86,7 +86,8 @@ class World:
         """(count,) 1 where most words have the task's property; lengths are odd."""
         has = self.properties[texts]  # (count, length, tasks)
         of_task = has[np.arange(len(texts)), :, task]
-        return (2 * of_task.sum(1) > texts.shape[1]).astype(np.int64)
+        found: Ints = (2 * of_task.sum(1) > texts.shape[1]).astype(np.int64)
+        return found
 
     def spell(self, ids: Sequence[int]) -> str:
         known = {number: name for name, number in self.names.items()}
