@@ -131,6 +131,10 @@ def test_a_polite_stop_finishes_what_runs(llama: Path, tmp_path: Path) -> None:
         assert server.log[-1]["event"] == "stopped"
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{server.url}/healthz")
+
+
+@pytest.mark.slow
+def test_a_stop_without_grace_answers_the_rest_with_an_error(llama: Path, tmp_path: Path) -> None:
     with serving(llama, tmp_path, "--requests-a-minute", "0", "--grace", "0") as server:
         clients = Clients(server.url, 4)
         time.sleep(0.3)
