@@ -318,6 +318,7 @@ class Scheduler:
 
     def _write(self, items: Sequence[_Item], logits: Sequence[torch.Tensor] | torch.Tensor, first: int) -> None:
         """Choose the next token of rows that stand from place `first` on, report, and let go of those that ended."""
+        self.metrics.count("odqa_completion_tokens_total", sum(item.row.wish.max_tokens > 0 for item in items))
         stacked = logits if isinstance(logits, torch.Tensor) else torch.stack(list(logits))
         likeliest = stacked.argmax(-1).tolist()
         ended = set()
@@ -331,7 +332,6 @@ class Scheduler:
             if isinstance(found, Written):
                 ended.add(place)
                 self.metrics.count("odqa_rows_total", end=found.finish)
-                self.metrics.count("odqa_completion_tokens_total", len(found.ids))
             if found is not None:
                 _tell(item, found)
             if isinstance(found, Written):
