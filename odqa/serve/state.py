@@ -7,13 +7,15 @@ and then the server only answers this machine (see `odqa.serve.server`) and page
 import threading
 import time
 from collections.abc import MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from fastapi import Request
 
 from odqa.frozen.backbone import Backbone
 from odqa.frozen.bank import Bank
+from odqa.frozen.engine import Facts
+from odqa.frozen.local import LocalEngine
 from odqa.serve.artifacts import Artifacts, Registered
 from odqa.serve.encoder import Encoder
 from odqa.serve.errors import ApiError, unknown_model
@@ -40,9 +42,13 @@ class Service:
     started: float = field(default_factory=time.time)
     rates: "Rates" = field(init=False)
     encoder: Encoder = field(init=False)
+    facts: Facts = field(init=False)
+    """What one who tunes a prompt has to know."""
 
     def __post_init__(self) -> None:
         self.rates = Rates(self.limits.requests_a_minute)
+        own = LocalEngine(self.backbone).facts
+        self.facts = replace(own, model=self.name, takes_deep=False)  # deep prompts have no form in the protocol
         self.encoder = Encoder(self.name, self.backbone, self.chat_template)
 
     @property
