@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -182,3 +183,9 @@ def test_a_key_is_made_on_the_command_line(tmp_path: Path) -> None:
     assert odqa("serve-key", "alice", "--folder", str(tmp_path / "served"), "--revoke").out == "1 revoked\n"
     wrong = odqa("serve-key", "Al", "--folder", str(tmp_path / "served"))
     assert wrong.code == 2 and wrong.err.count("\n") == 1
+
+
+def test_without_the_web_framework_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    done = odqa("serve", "embedded:odqa-mini-d1")
+    assert done.code == 2 and "pip install 'odqa[serve]'" in done.err and done.err.count("\n") == 1
