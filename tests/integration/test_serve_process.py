@@ -141,7 +141,7 @@ def test_a_stop_without_grace_answers_the_rest_with_an_error(llama: Path, tmp_pa
         time.sleep(0.3)
         assert server.stop() == 0
         clients.wait()
-        assert len(set(clients.whole)) == 1 and clients.broken + clients.refused == 4
+        assert len(set(clients.whole)) <= 1 and clients.broken + clients.refused == 4
 
 
 # --- the guide --------------------------------------------------------------------------------------------------------
