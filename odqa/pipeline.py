@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from odqa.stages import NotesReading, Packer, Reader, Recursion, Reranker, Retriever
+from odqa.stages import LatentReading, NotesReading, Packer, Reader, Recursion, Reranker, Retriever
 from odqa.types import Answer, Hit, LatentContext, PackedContext, Query, Step, Trace, as_recorded
 
 
@@ -41,13 +41,14 @@ class Pipeline:
             decisions = self.recursion.again(contexts, answers, pass_no)
             searching = [(r, d) for r, d in zip(running, decisions, strict=True) if isinstance(d, Query)]
             reading = [(r, d) for r, d in zip(running, decisions, strict=True) if isinstance(d, PackedContext)]
-            if any(isinstance(decision, LatentContext) for decision in decisions):
-                raise NotImplementedError("no reader of this version reads latent contexts")
+            latent = [(r, d) for r, d in zip(running, decisions, strict=True) if isinstance(d, LatentContext)]
             if searching:
                 self._retrieve_and_read([r for r, _ in searching], [q for _, q in searching], pass_no)
             if reading:
                 self._read([r for r, _ in reading], [c for _, c in reading], pass_no)
-            running = [r for r, _ in searching] + [r for r, _ in reading]
+            if latent:
+                self._read_latent([r for r, _ in latent], [c for _, c in latent], pass_no)
+            running = [r for r, _ in searching] + [r for r, _ in reading] + [r for r, _ in latent]
         return [record.trace() for record in records]
 
     def batches(self, queries: Sequence[Query], size: int) -> Iterator[list[Trace]]:
@@ -93,9 +94,22 @@ class Pipeline:
             else:
                 read = [(answer, {}) for answer in self.reader.read(contexts)]
         for record, context, (answer, notes) in zip(records, contexts, read, strict=True):
-            record.contexts.append(context)
-            record.answers.append(replace(answer, passes=pass_no))
-            record.steps.append(Step("read", pass_no, clock.seconds / len(records), len(records), notes=notes))
+            step = Step("read", pass_no, clock.seconds / len(records), len(records), notes=notes)
+            record.add_reading(context, answer, step)
+
+    def _read_latent(self, records: list["_Record"], contexts: list[LatentContext], pass_no: int) -> None:
+        """Read vectors again. The context of such a pass is the packed one that the vectors came from."""
+        reader: object = self.reader
+        if not isinstance(reader, LatentReading):
+            raise TypeError(
+                f"pass {pass_no}: the recursion gives vectors to read, and {type(reader).__name__} reads text only. It "
+                "needs a reader with read_latent."
+            )
+        with _Clock() as clock:
+            read = reader.read_latent(contexts)
+        for record, (answer, notes) in zip(records, read, strict=True):
+            step = Step("read latent", pass_no, clock.seconds / len(records), len(records), notes=notes)
+            record.add_reading(record.contexts[-1], answer, step)
 
 
 class _Record:
@@ -106,6 +120,11 @@ class _Record:
         self.steps: list[Step] = []
         self.answers: list[Answer] = []
         self.contexts: list[PackedContext] = []
+
+    def add_reading(self, context: PackedContext, answer: Answer, step: Step) -> None:
+        self.contexts.append(context)
+        self.answers.append(replace(answer, passes=step.pass_no))
+        self.steps.append(step)
 
     def trace(self) -> Trace:
         return Trace(self.query, tuple(self.steps), tuple(self.answers), tuple(self.contexts))

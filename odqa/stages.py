@@ -73,6 +73,18 @@ class NotesReading(Protocol):
 
 
 @runtime_checkable
+class LatentReading(Protocol):
+    """A reader that reads vectors of an earlier pass again (`LatentContext`), not tokens."""
+
+    def read_latent(self, contexts: Sequence[LatentContext]) -> list[tuple[Answer, Mapping[str, object]]]:
+        """One answer a context, each with notes for the trace as JSON values, such as what the pass cost.
+
+        Raises ValueError for a handle that this reader did not make.
+        """
+        ...
+
+
+@runtime_checkable
 class CountsSpending(Protocol):
     """A reader that costs more than time, and counts it."""
 
@@ -97,5 +109,8 @@ class Recursion(Protocol):
     def again(
         self, contexts: Sequence[PackedContext], answers: Sequence[Answer], pass_no: int
     ) -> list[Query | PackedContext | LatentContext | None]:
-        """Per query: a Query retrieves again, a PackedContext or LatentContext is read again, None stops."""
+        """Per query: a Query retrieves again, a PackedContext or LatentContext is read again, None stops.
+
+        `contexts` are the last packed ones: those that the vectors of a latent pass came from.
+        """
         ...

@@ -1,6 +1,6 @@
 """The pipeline's order of stages, its passes, and what it writes down, with stages that are a few lines each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -215,7 +215,31 @@ def test_queries_may_part_ways_within_a_pass() -> None:
     assert [trace.answer.text for trace in traces] == ["own", "p-second", "p-again"]
 
 
-def test_a_latent_context_is_refused_as_long_as_no_reader_reads_it() -> None:
+class ReadsVectors(SayIds):
+    """A reader whose handles are words; it says how long they are."""
+
+    def read_latent(self, contexts: Sequence[LatentContext]) -> list[tuple[Answer, Mapping[str, object]]]:
+        return [(Answer(c.query.id, f"from {c.handle}", -2.0), {"length": len(str(c.handle))}) for c in contexts]
+
+
+def test_vectors_of_an_earlier_pass_are_read_again_by_the_reader_that_made_them() -> None:
+    recursion = Script(
+        {
+            2: {"q1": LatentContext(QUERIES[0], "vectors"), "q3": Query("q3", "new words")},
+            3: {"q1": LatentContext(QUERIES[0], "more")},
+        }
+    )
+    first, second, third = answer(reader=ReadsVectors(), recursion=recursion, max_passes=3)
+    assert stages_of(first)[3:] == [("read latent", 2), ("read latent", 3)]
+    assert [a.text for a in first.answers] == ["p-first", "from vectors", "from more"]
+    assert [a.passes for a in first.answers] == [1, 2, 3]
+    assert [step.notes for step in first.steps[3:]] == [{"length": 7}, {"length": 4}]
+    assert first.contexts == (first.contexts[0],) * 3  # a context a pass: the one that the vectors came from
+    assert recursion.seen[1][1:] == (["q3", "q1"], ["p-new p-words", "from vectors"])
+    assert second.answer.text == "p-second" and third.answer.text == "p-new p-words"
+
+
+def test_vectors_for_a_reader_of_text_alone_are_a_type_error_that_names_it() -> None:
     recursion = Script({2: {"q1": LatentContext(QUERIES[0], object())}})
-    with pytest.raises(NotImplementedError, match="latent"):
+    with pytest.raises(TypeError, match=r"pass 2.*SayIds reads text only"):
         answer(recursion=recursion, max_passes=2)
