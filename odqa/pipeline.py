@@ -4,12 +4,15 @@ Knows `types` and `stages` only: no recipe, no index, no gold answer. Closed-boo
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from odqa.stages import LatentReading, NotesReading, Packer, Reader, Recursion, Reranker, Retriever
+from odqa.stages import LatentReading, Next, NotesReading, Packer, Reader, Recursion, Reranker, Retriever, SaysWhy
 from odqa.types import Answer, Hit, LatentContext, PackedContext, Query, Step, Trace, as_recorded
+
+Fuse = Callable[[Sequence[Sequence[Hit]]], list[Hit]]
+"""The hits of all passes of one question, the first pass first, as one list, best first."""
 
 
 @dataclass(slots=True)
@@ -17,6 +20,10 @@ class Pipeline:
     """The stages, and how many passages go from the retriever on (`k`) in at most `max_passes` passes.
 
     Without a retriever every context is packed empty (closed-book); without a reranker hits keep their order.
+
+    More passes: `recursion` decides. What a Query of it finds takes the place of what was found before, or is joined
+    with it by `fuse`; a context that it made itself is read by `rereader` if there is one, which may have another
+    prompt. `first_retriever` and `first_reranker` serve the first pass in the place of the others (a replay).
     """
 
     reader: Reader
@@ -26,6 +33,10 @@ class Pipeline:
     recursion: Recursion | None = None
     k: int = 100
     max_passes: int = 1
+    rereader: Reader | None = None
+    fuse: Fuse | None = None
+    first_retriever: Retriever | None = None
+    first_reranker: Reranker | None = None
 
     def answer(self, queries: Sequence[Query]) -> list[Trace]:
         """One trace a query, in order. All queries go through each stage together; see `batches` for long lists."""
@@ -37,15 +48,14 @@ class Pipeline:
         for pass_no in range(2, self.max_passes + 1):
             if self.recursion is None or not running:
                 break
-            contexts, answers = [r.contexts[-1] for r in running], [r.answers[-1] for r in running]
-            decisions = self.recursion.again(contexts, answers, pass_no)
-            searching = [(r, d) for r, d in zip(running, decisions, strict=True) if isinstance(d, Query)]
-            reading = [(r, d) for r, d in zip(running, decisions, strict=True) if isinstance(d, PackedContext)]
-            latent = [(r, d) for r, d in zip(running, decisions, strict=True) if isinstance(d, LatentContext)]
+            decided = list(zip(running, self._decide(self.recursion, running, pass_no), strict=True))
+            searching = [(record, found) for record, found in decided if isinstance(found, Query)]
+            reading = [(record, found) for record, found in decided if isinstance(found, PackedContext)]
+            latent = [(record, found) for record, found in decided if isinstance(found, LatentContext)]
             if searching:
                 self._retrieve_and_read([r for r, _ in searching], [q for _, q in searching], pass_no)
             if reading:
-                self._read([r for r, _ in reading], [c for _, c in reading], pass_no)
+                self._read([r for r, _ in reading], [c for _, c in reading], pass_no, self.rereader or self.reader)
             if latent:
                 self._read_latent([r for r, _ in latent], [c for _, c in latent], pass_no)
             running = [r for r, _ in searching] + [r for r, _ in reading] + [r for r, _ in latent]
@@ -57,15 +67,40 @@ class Pipeline:
         while batch := list(islice(iterator, size)):
             yield self.answer(batch)
 
-    def _retrieve_and_read(self, records: list["_Record"], queries: list[Query], pass_no: int) -> None:
+    def _decide(self, recursion: Recursion, records: list["_Record"], pass_no: int) -> list[Next]:
+        """What becomes of each question after a pass; a step says so."""
+        says_why: object = recursion
+        with _Clock() as clock:
+            if isinstance(says_why, SaysWhy):
+                decided = says_why.decide([record.passes for record in records], pass_no)
+            else:
+                contexts, answers = [r.contexts[-1] for r in records], [r.answers[-1] for r in records]
+                decided = [(found, {}) for found in recursion.again(contexts, answers, pass_no)]
+        for record, (found, why) in zip(records, decided, strict=True):
+            notes = {**_decision(found), **why}
+            record.steps.append(Step("recurse", pass_no, clock.seconds / len(records), len(records), notes=notes))
+        return [found for found, _ in decided]
+
+    def _retrieve_and_read(self, records: list["_Record"], searched: list[Query], pass_no: int) -> None:
+        """`searched` is what the retriever is asked; all other stages see the questions as they were asked."""
+        queries = [record.query for record in records]
+        retriever, reranker = self.retriever, self.reranker
+        if pass_no == 1:
+            retriever, reranker = self.first_retriever or retriever, self.first_reranker or reranker
         hits: list[list[Hit]] = [[] for _ in queries]
-        if self.retriever is not None:
+        if retriever is not None:
             with _Clock() as clock:
-                hits = _as_recorded(self.retriever.retrieve(queries, self.k))
+                hits = _as_recorded(retriever.retrieve(searched, self.k))
             _note(records, "retrieve", pass_no, clock, hits)
-        if self.reranker is not None:
+            for record, found in zip(records, hits, strict=True):
+                record.found.append(found)
+        if self.fuse is not None and pass_no > 1:
             with _Clock() as clock:
-                hits = _as_recorded(self.reranker.rerank(queries, hits))
+                hits = _as_recorded([self.fuse(record.found)[: self.k] for record in records])
+            _note(records, "fuse", pass_no, clock, hits)
+        if reranker is not None:
+            with _Clock() as clock:
+                hits = _as_recorded(reranker.rerank(queries, hits))
             _note(records, "rerank", pass_no, clock, hits)
         with _Clock() as clock:
             contexts = self.packer.pack(queries, hits)
@@ -84,15 +119,15 @@ class Pipeline:
                     _notes(context),
                 )
             )
-        self._read(records, contexts, pass_no)
+        self._read(records, contexts, pass_no, self.reader)
 
-    def _read(self, records: list["_Record"], contexts: list[PackedContext], pass_no: int) -> None:
-        reader: object = self.reader
+    def _read(self, records: list["_Record"], contexts: list[PackedContext], pass_no: int, reader: Reader) -> None:
+        notes_reading: object = reader
         with _Clock() as clock:
-            if isinstance(reader, NotesReading):
-                read = reader.read_with_notes(contexts)
+            if isinstance(notes_reading, NotesReading):
+                read = notes_reading.read_with_notes(contexts)
             else:
-                read = [(answer, {}) for answer in self.reader.read(contexts)]
+                read = [(answer, {}) for answer in reader.read(contexts)]
         for record, context, (answer, notes) in zip(records, contexts, read, strict=True):
             step = Step("read", pass_no, clock.seconds / len(records), len(records), notes=notes)
             record.add_reading(context, answer, step)
@@ -120,6 +155,11 @@ class _Record:
         self.steps: list[Step] = []
         self.answers: list[Answer] = []
         self.contexts: list[PackedContext] = []
+        self.found: list[list[Hit]] = []  # by the retriever, in each pass that asked it
+
+    @property
+    def passes(self) -> list[tuple[PackedContext, Answer]]:
+        return list(zip(self.contexts, self.answers, strict=True))
 
     def add_reading(self, context: PackedContext, answer: Answer, step: Step) -> None:
         self.contexts.append(context)
@@ -154,6 +194,19 @@ def _note(records: list[_Record], stage: str, pass_no: int, clock: _Clock, hits:
         sources = tuple(hit.source for hit in found)
         share = clock.seconds / len(records)
         record.steps.append(Step(stage, pass_no, share, len(records), ids, scores, sources=sources))
+
+
+def _decision(found: Next) -> dict[str, object]:
+    """How a trace names what a recursion decided."""
+    match found:
+        case Query():
+            return {"decision": "retrieve again", "query": found.text}
+        case PackedContext():
+            return {"decision": "read again", "tokens": found.tokens}
+        case LatentContext():
+            return {"decision": "read vectors again"}
+        case None:
+            return {"decision": "stop"}
 
 
 def _notes(context: PackedContext) -> dict[str, object]:
