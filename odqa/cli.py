@@ -131,6 +131,12 @@ def ask(
     pipeline: Annotated[str, typer.Argument(help="A pipeline recipe; may be left out.")],
     question: Annotated[str | None, typer.Argument(help="The question.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No evidence on stderr.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also each pass: its candidates, and what it changed.")
+    ] = False,
+    passes: Annotated[
+        int | None, typer.Option(min=1, help="At most so many passes of the recipe's recursion; 1: none [the recipe].")
+    ] = None,
     build: Annotated[bool, typer.Option("--build", help="Build the index first if it is missing.")] = False,
     data: Data = None,
     artifacts: Artifacts = None,
@@ -148,14 +154,15 @@ def ask(
         pipeline, question, build = "pipelines/embedded.yaml", pipeline, True
     if not question.strip():
         raise DataError("the question is empty. Ask something.")
-    loaded = jobs.load_pipeline(pipeline, places=_places(data, artifacts), build=build, changes=changes or (), log=_log)
+    recipe = jobs.load_with_passes(pipeline, passes, changes=changes or ())
+    loaded = jobs.load_pipeline(recipe, places=_places(data, artifacts), build=build, log=_log)
     trace = loaded.ask(question)
     if as_json:
         _print_json(_trace_json(trace))
         return
     _print(trace.answer.text)
     if not quiet:
-        sys.stderr.write("\n" + report.evidence(trace, terminal=sys.stderr.isatty()))
+        sys.stderr.write("\n" + report.evidence(trace, terminal=sys.stderr.isatty(), verbose=verbose))
 
 
 @app.command()

@@ -9,7 +9,7 @@ It knows readers by protocol alone, and nothing between calls: the same passes g
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ MOST_CANDIDATES = 32
 """Samples a question at most, as in the issue's table; our choice."""
 MOST_PASSES = 8
 """Passes at most: a bound on what a recipe may cost by mistake; our choice."""
+
+FREQUENT, BEST_MEAN = "most frequent sample", "best mean log-probability"
+"""Two ways to choose among samples without reading again: what a re-pass is to be compared with."""
 
 Passes = Sequence[tuple[PackedContext, Answer]]
 Decided = tuple[Next, Mapping[str, object]]
@@ -65,7 +68,10 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Distinct:
-    """Equal samples as one candidate: its likeliest wording, log P of that, and how many samples said so."""
+    """Equal samples as one candidate: its likeliest wording, log P of that, and how many samples said so.
+
+    `mean_logprob` is that of the likeliest wording by this measure, in nats a token.
+    """
 
     text: str
     logprob: float
@@ -73,7 +79,7 @@ class Distinct:
     count: int
 
     def to_json(self) -> dict[str, Any]:
-        return {"text": self.text, "logprob": self.logprob, "count": self.count}
+        return {"text": self.text, "logprob": self.logprob, "mean_logprob": self.mean_logprob, "count": self.count}
 
 
 def distinct(samples: Sequence[Sample]) -> list[Distinct]:
@@ -123,7 +129,7 @@ class Samples:
 
 
 class CandidateRecursion:
-    """Shows `reader` the question, its passages and the candidates of the pass before, the answer of it first.
+    """Shows `reader` the question, its first passages and candidates, the answer of the pass before as the first.
 
     Candidates are `samples` of `sampler` (None: the ones that the reader listed with its answer, such as a span
     reader's best spans, at most `listed`). The answer itself is always among them (our choice: a re-pass may then
@@ -160,6 +166,8 @@ class CandidateRecursion:
                 decided[number] = None, {"why": "no candidates"}
                 continue
             notes = {**self.gate.opens(passes[number]), "candidates": [one.to_json() for one in found]}
+            if self.samples is not None:
+                notes["picks"] = {FREQUENT: most_frequent(found), BEST_MEAN: best_mean(found)}
             decided[number] = self.reader.show_candidates(context, texts), notes
         return decided
 
@@ -221,6 +229,18 @@ class RetrievalRecursion:
             return [""] * len(contexts)
         repacked = self.packer.pack([one.query for one in contexts], [_by_rank(one) for one in contexts])
         return [" ".join(answer.text.split()) for answer in self.asker.read(repacked)]
+
+
+def read_again(
+    reader: Reader, recursion: CandidateRecursion
+) -> Callable[[Sequence[PackedContext]], list[PackedContext | None]]:
+    """What the second pass reads after `reader` has read contexts: what a second prompt is trained on."""
+
+    def again(contexts: Sequence[PackedContext]) -> list[PackedContext | None]:
+        found = recursion.again(contexts, reader.read(contexts), 2)
+        return [one if isinstance(one, PackedContext) else None for one in found]
+
+    return again
 
 
 def _check_query(query: str) -> None:

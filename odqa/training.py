@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from odqa.frozen.backbone import Backbone
     from odqa.frozen.fit import FitSettings
     from odqa.frozen.method import Method
-    from odqa.read.adapt import ContextBatches, TuneSet
+    from odqa.read.adapt import Again, ContextBatches, TuneSet
     from odqa.retrieve.train import Asked
     from odqa.types import Gold, Passage, Query
 
@@ -576,8 +576,10 @@ class _LmSetup:
         import torch
 
         from odqa.frozen.fit import FitSettings
+        from odqa.pipeline import Pipeline
         from odqa.read.lm import LmReader
-        from odqa.recipes import build_packer, build_reader, build_reranker
+        from odqa.recipes import build_packer, build_reader, build_reranker, with_recursion
+        from odqa.recurse import CandidateRecursion, read_again
         from odqa.runtime import has_fast_bf16
 
         self.settings, self.places = settings, places
@@ -588,7 +590,15 @@ class _LmSetup:
             raise RecipeError(
                 f"{settings.pipeline}: a method is trained for a reader of kind lm that reads its passages together."
             )
-        if pipeline.reader.method is not None:
+        trained = pipeline.second_reader if settings.second else pipeline.reader
+        if settings.second and not (
+            isinstance(pipeline.recursion, config.TextualRecursion) and pipeline.recursion.below is None
+        ):
+            raise RecipeError(
+                f"{settings.pipeline}: a second reader is trained for a textual recursion that reads all questions "
+                "again. Give it one, without below."
+            )
+        if not isinstance(trained, config.LmReaderSettings) or trained.method is not None:
             raise RecipeError(f"{settings.pipeline}: its reader has a method already. Name the pipeline without one.")
         names = (settings.train, *settings.passages, *(tune.file for tune in settings.tune))
         self.files = {name: places.file(name) for name in names}
@@ -597,10 +607,17 @@ class _LmSetup:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         # The model trains in float32 (in bfloat16 under autocast), whatever the pipeline reads in.
-        reader = build_reader(pipeline.reader.model_copy(update={"dtype": "float32", "batch_size": 16}), places)
+        update = {"dtype": "float32", "batch_size": 16}
+        pipeline = pipeline.model_copy(update={"reader": pipeline.reader.model_copy(update=update)})
+        reader = build_reader(pipeline.reader, places, is_shared=settings.second)
         assert isinstance(reader, LmReader)
         reranker = build_reranker(pipeline.reranker, places) if pipeline.packer.needs_reranker else None
         self.reader, self.packer = reader, build_packer(pipeline.packer, reader, reranker)
+        self.again: Again | None = None
+        if settings.second:
+            made = with_recursion(Pipeline(reader, self.packer, None, reranker), pipeline, places)
+            assert isinstance(made.rereader, LmReader) and isinstance(made.recursion, CandidateRecursion)
+            self.reader, self.again = made.rereader, read_again(reader, made.recursion)
         on_cpu = reader.backbone.device.type == "cpu"
         autocast = has_fast_bf16() or not on_cpu if settings.autocast is None else settings.autocast
         self.fit = FitSettings(**settings.fit.model_dump(), autocast=autocast)
@@ -612,6 +629,9 @@ class _LmSetup:
 
         inputs: dict[str, Any] = {name: describe_file(name, path)["sha256"] for name, path in self.files.items()}
         inputs |= {"backbone": self.reader.backbone.fingerprint, "pipeline": self.pipeline.hash}
+        first = self.pipeline.settings.reader.method if self.settings.second else None  # type: ignore[attr-defined]
+        if first is not None:
+            inputs["first"] = sha256_file(self.places.file(first) / TENSORS)
         if self.rankings is not None:
             inputs["rankings"] = load_artifact(self.rankings, RANKINGS).hash
         if self.start is not None:
@@ -630,7 +650,8 @@ class _LmSetup:
         for chosen in self.settings.tune:
             file = self.files[chosen.file]
             pairs = list(zip(read_questions(file), read_gold(file), strict=True))[: chosen.limit]
-            tune[chosen.name] = TuneSet.pack(self.packer, pairs, ranker.rank([query for query, _ in pairs]))
+            hits = ranker.rank([query for query, _ in pairs])
+            tune[chosen.name] = TuneSet.pack(self.packer, pairs, hits, again=self.again)
         return tune
 
     def batches(self) -> "ContextBatches":
@@ -643,7 +664,7 @@ class _LmSetup:
         mined = None if self.rankings is None else read_rankings(self.rankings)
         examples = list(read_examples(self.files[self.settings.train], passages, mined))
         contexts = ContextSettings(**self.settings.contexts.model_dump())
-        return ContextBatches(self.reader, self.packer, examples, contexts)
+        return ContextBatches(self.reader, self.packer, examples, contexts, again=self.again)
 
     def method(self) -> "Method":
         """The method to be trained, fresh or as `start` has it."""

@@ -21,6 +21,7 @@ from odqa.config.index import (
 from odqa.config.labs import Claim, Lab, LabFigure
 from odqa.config.pipeline import (
     AlphaHybridRetriever,
+    AnyReader,
     AnyRetriever,
     ApiReaderSettings,
     Bm25Retriever,
@@ -39,6 +40,7 @@ from odqa.config.pipeline import (
     SpanReaderSettings,
     TrimSettings,
 )
+from odqa.config.recursion import AnyRecursion, RetrievalRecursion, TextualRecursion
 from odqa.config.training import (
     AdapterSettings,
     AnyMethod,
@@ -89,6 +91,8 @@ __all__ = [
     "AlphaHybridRetriever",
     "AnalyzerSettings",
     "AnyMethod",
+    "AnyReader",
+    "AnyRecursion",
     "AnyRetriever",
     "ApiReaderSettings",
     "AveragedPart",
@@ -144,9 +148,11 @@ __all__ = [
     "RerankLoss",
     "RerankerSettings",
     "RerankerTraining",
+    "RetrievalRecursion",
     "SentenceWindow",
     "Settings",
     "SpanReaderSettings",
+    "TextualRecursion",
     "TrimSettings",
     "TuneSet",
     "Variant",

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from odqa.config.base import Settings
+from odqa.config.base import GrownSettings, Settings
 
 
 class Mining(Settings):
@@ -304,14 +304,21 @@ class ContextRecipe(Settings):
     seed: int = 0
 
 
-class LmReaderTraining(Settings):
+class LmReaderTraining(GrownSettings):
     """Trains a method on the frozen language model that a pipeline reads with, on contexts as that pipeline packs them.
 
     `pipeline` says all of it: model, prompt, packing, and for the tune questions retrieval and re-ranking.
     """
 
+    LATER = frozenset({"second"})
+
     kind: Literal["train-lm-reader"]
     pipeline: str
+    second: bool = Field(
+        False,
+        description="train the second reader of the pipeline's textual recursion, on candidates that the first one "
+        "samples for the training questions",
+    )
     method: Annotated[AnyMethod, Field(discriminator="kind")]
     train: str = Field(description="training examples: jsonl, or DPR's training json")
     passages: tuple[str, ...] = Field((), description="files that hold the passages that examples and rankings name")

@@ -394,6 +394,11 @@ TEMPLATES: Mapping[str, PromptTemplate] = {
                 "If the passages do not answer it, write: unanswerable"
             ),
         ),
+        PromptTemplate(
+            "missing-passage",
+            instruction="The passages do not answer the question. Write a short search query for the missing passage.",
+            answer="Search query:",
+        ),
         # The wording of SQuAD in T5's training mixture, with the article's title in front of the context
         # (Raffel et al. 2020, appendix D.15).
         PromptTemplate(
