@@ -59,7 +59,7 @@ def tune(
 ) -> None:
     """Choose recursion.below of a pipeline on tune questions."""
     # 1. Everything that can be wrong is found before the first question.
-    recipe = load_recipe(pipeline, "pipeline", changes=[*(changes or []), "recursion.below=null"])
+    recipe = _always(pipeline, changes or [])
     if write is not None:
         _check_written(write)
     places = Places.from_environment(data, artifacts)
@@ -157,6 +157,15 @@ def choose(rows: Sequence[dict[str, Any]], at_least: float) -> dict[str, Any]:
     return max(allowed, key=lambda row: (row["mean"], -row["below"]))
 
 
+def _always(pipeline: str, changes: Sequence[str]) -> Recipe:
+    """The recipe without its threshold."""
+    recipe = load_recipe(pipeline, "pipeline", changes=changes)
+    assert isinstance(recipe.settings, config.PipelineRecipe)
+    if recipe.settings.recursion is None:
+        raise RecipeError(f"{recipe.path}: it has no recursion, so nothing to choose. Add one.")
+    return load_recipe(pipeline, "pipeline", changes=[*changes, "recursion.below=null"])
+
+
 def _check_written(write: Path) -> None:
     if not write.is_file():
         raise RecipeError(f"--write {write}: no such file here. Copy a recipe there first.")
@@ -168,8 +177,6 @@ def _check_written(write: Path) -> None:
 
 def _answered(loaded: jobs.Loaded, path: Path, runs: Path, limit: int | None) -> Judged:
     """The question file answered with all passes, or found answered in its run folder."""
-    if loaded.settings.recursion is None:
-        raise RecipeError(f"{loaded.recipe.path}: it has no recursion, so nothing to choose. Add one.")
     queries, gold = read_questions(path), read_gold(path)
     source = describe_file(path.name, path) | ({} if limit is None else {"first": str(limit)})
     folder = runs / f"{loaded.recipe.name}-{loaded.recipe.hash[:8]}" / path.name.split(".")[0]
