@@ -13,6 +13,8 @@ from odqa.types import Answer, Hit, LatentContext, PackedContext, Query, Step, T
 
 Fuse = Callable[[Sequence[Sequence[Hit]]], list[Hit]]
 """The hits of all passes of one question, the first pass first, as one list, best first."""
+Keep = Callable[[Answer, Answer], Answer]
+"""Of the answers of two passes the one that stands."""
 
 
 @dataclass(slots=True)
@@ -23,7 +25,9 @@ class Pipeline:
 
     More passes: `recursion` decides. What a Query of it finds takes the place of what was found before, or is joined
     with it by `fuse`; a context that it made itself is read by `rereader` if there is one, which may have another
-    prompt. `first_retriever` and `first_reranker` serve the first pass in the place of the others (a replay).
+    prompt. `keep` says which of an answer and the next one stands (None: the next one); what was not kept is in the
+    notes of its step. `first_retriever` and `first_reranker` serve the first pass in the place of the others, as a
+    replay does.
     """
 
     reader: Reader
@@ -35,6 +39,7 @@ class Pipeline:
     max_passes: int = 1
     rereader: Reader | None = None
     fuse: Fuse | None = None
+    keep: Keep | None = None
     first_retriever: Retriever | None = None
     first_reranker: Reranker | None = None
 
@@ -130,7 +135,7 @@ class Pipeline:
                 read = [(answer, {}) for answer in reader.read(contexts)]
         for record, context, (answer, notes) in zip(records, contexts, read, strict=True):
             step = Step("read", pass_no, clock.seconds / len(records), len(records), notes=notes)
-            record.add_reading(context, answer, step)
+            record.add_reading(context, answer, step, self.keep)
 
     def _read_latent(self, records: list["_Record"], contexts: list[LatentContext], pass_no: int) -> None:
         """Read vectors again. The context of such a pass is the packed one that the vectors came from."""
@@ -144,7 +149,7 @@ class Pipeline:
             read = reader.read_latent(contexts)
         for record, (answer, notes) in zip(records, read, strict=True):
             step = Step("read latent", pass_no, clock.seconds / len(records), len(records), notes=notes)
-            record.add_reading(record.contexts[-1], answer, step)
+            record.add_reading(record.contexts[-1], answer, step, self.keep)
 
 
 class _Record:
@@ -161,9 +166,13 @@ class _Record:
     def passes(self) -> list[tuple[PackedContext, Answer]]:
         return list(zip(self.contexts, self.answers, strict=True))
 
-    def add_reading(self, context: PackedContext, answer: Answer, step: Step) -> None:
+    def add_reading(self, context: PackedContext, answer: Answer, step: Step, keep: Keep | None) -> None:
+        stands = keep(self.answers[-1], answer) if keep is not None and self.answers else answer
+        if stands is not answer:
+            dismissed = {"text": answer.text, "score": answer.score, "confidence": answer.confidence}
+            step = replace(step, notes={**step.notes, "not kept": dismissed})
         self.contexts.append(context)
-        self.answers.append(replace(answer, passes=step.pass_no))
+        self.answers.append(replace(stands, passes=step.pass_no))
         self.steps.append(step)
 
     def trace(self) -> Trace:

@@ -414,13 +414,14 @@ def shares_model(settings: config.PipelineRecipe) -> bool:
 
 def with_recursion(pipeline: "Pipeline", settings: config.PipelineRecipe, places: Places | None) -> "Pipeline":
     """The pipeline itself, with what the recipe says of further passes."""
-    from odqa.recurse import CandidateRecursion, Gate, RetrievalRecursion, Samples
+    from odqa.recurse import CandidateRecursion, Gate, RetrievalRecursion, Samples, surer
     from odqa.stages import DrawsSamples, ReadsCandidates
 
     chosen = settings.recursion
     if chosen is None:
         return pipeline
     pipeline.max_passes = chosen.passes
+    pipeline.keep = surer if chosen.keep == "surer" else None
     gate = Gate(chosen.below)
     second = settings.second_reader
     reader = None if second is None else _second_reader(second, pipeline.reader, settings, places)

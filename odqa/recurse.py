@@ -66,6 +66,15 @@ class Gate:
         return known if self.below is None else {**known, "below": self.below}
 
 
+def surer(before: Answer, after: Answer) -> Answer:
+    """The answer that its reader is surer of, the later one if that is not known or equal.
+
+    Our choice: a second reading is another opinion, not a correction. Of two readers that are not calibrated the
+    probabilities of their texts are compared.
+    """
+    return before if confidence_of(after) < confidence_of(before) else after
+
+
 @dataclass(frozen=True, slots=True)
 class Distinct:
     """Equal samples as one candidate: its likeliest wording, log P of that, and how many samples said so.

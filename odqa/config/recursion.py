@@ -17,6 +17,9 @@ class _Recursion(Settings):
         le=1,
         description="ask again only where the confidence is lower; null: always. scripts/tune_recursion.py chooses it",
     )
+    keep: Literal["last", "surer"] = Field(
+        "last", description="the answer that stands; surer: of a pass and the next one that with the higher confidence"
+    )
 
 
 class TextualRecursion(_Recursion):

@@ -389,9 +389,16 @@ def _passes(trace: Trace) -> list[str]:
         if number > 1:
             same = answer.text == trace.answers[number - 2].text
             changed = ", unchanged" if same else f", was {_clean(trace.answers[number - 2].text) or '(abstained)'}"
+        lines += _dismissed(trace, number)
         lines.append(f"  answer: {_clean(answer.text) or '(abstained)'}  ({confidence(answer)}{changed})")
     stopped = decided.get(len(trace.answers) + 1)
     return [*lines, "no further pass", *_reason(stopped)] if stopped is not None else lines
+
+
+def _dismissed(trace: Trace, number: int) -> list[str]:
+    """What a pass answered that does not stand, because the pass before was surer."""
+    found = [step.notes["not kept"] for step in trace.steps if step.pass_no == number and "not kept" in step.notes]
+    return [f"  not kept: {_clean(one['text']) or '(abstained)'}" for one in found if isinstance(one, Mapping)]
 
 
 def _reason(notes: Mapping[str, object]) -> list[str]:

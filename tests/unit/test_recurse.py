@@ -19,6 +19,7 @@ from odqa.recurse import (
     distinct,
     most_frequent,
     read_again,
+    surer,
 )
 from odqa.stages import DrawsSamples, ReadsCandidates, Recursion, SaysWhy
 from odqa.types import Answer, Candidate, Hit, PackedContext, Passage, Query, Sample, TokenCosts
@@ -189,6 +190,28 @@ def test_what_a_second_prompt_is_trained_on_is_what_a_second_pass_reads() -> Non
     recursion = CandidateRecursion(writer, writer, samples=Samples(6))
     (found,) = read_again(writer, recursion)([CONTEXT])
     assert found is not None and found.candidates[0] == "nobody"
+
+
+@pytest.mark.parametrize(("later", "stands"), [(-2.0, "first"), (-1.0, "later"), (-0.5, "later"), (math.nan, "later")])
+def test_of_two_passes_the_surer_answer_stands_and_the_trace_has_the_other(later: float, stands: str) -> None:
+    class TwoMinds(Writer):
+        def read(self, contexts: Sequence[PackedContext]) -> list[Answer]:
+            said = [("later", later) if context.candidates else ("first", -1.0) for context in contexts]
+            return [Answer(QUERY.id, *one) for one in said]
+
+    class PackAll:
+        def pack(self, queries: Sequence[Query], hits: Sequence[Sequence[Hit]]) -> list[PackedContext]:
+            return [CONTEXT for _ in queries]
+
+    writer = TwoMinds(SAMPLES)
+    recursion = CandidateRecursion(writer, writer, samples=Samples(2))
+    (trace,) = Pipeline(writer, PackAll(), recursion=recursion, max_passes=2, keep=surer).answer([QUERY])
+    assert trace.answer.text == stands and [one.passes for one in trace.answers] == [1, 2]
+    notes = trace.steps[-1].notes
+    if stands == "first":
+        assert notes == {"not kept": {"text": "later", "score": -2.0, "confidence": None}}
+    else:
+        assert notes == {}
 
 
 # --- back to retrieval
