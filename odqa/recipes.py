@@ -427,14 +427,15 @@ def with_recursion(pipeline: "Pipeline", settings: config.PipelineRecipe, places
     reader = None if second is None else _second_reader(second, pipeline.reader, settings, places)
     first: object = pipeline.reader
     if isinstance(chosen, config.TextualRecursion):
-        assert isinstance(reader, ReadsCandidates)  # the recipe was checked: it is of kind lm
         pipeline.rereader = reader
+        shows: object = reader
+        assert isinstance(shows, ReadsCandidates)  # the recipe was checked: it is of kind lm
         if chosen.source == "reader":
-            pipeline.recursion = CandidateRecursion(reader, listed=chosen.candidates, gate=gate)
+            pipeline.recursion = CandidateRecursion(shows, listed=chosen.candidates, gate=gate)
         else:
             assert isinstance(first, DrawsSamples)
             samples = Samples(chosen.candidates, chosen.temperature, chosen.top_p, chosen.seed)
-            pipeline.recursion = CandidateRecursion(reader, first, samples=samples, gate=gate)
+            pipeline.recursion = CandidateRecursion(shows, first, samples=samples, gate=gate)
         return pipeline
     packer = None if reader is None else build_packer(settings.packer, reader, pipeline.reranker)
     pipeline.recursion = RetrievalRecursion(chosen.query, asker=reader, packer=packer, gate=gate)

@@ -105,7 +105,7 @@ def render(
         confidence = [confidence_table(title, known)] if known else []
         if len(group) > _SIDE_BY_SIDE:
             scores, funnel, confidence = scores.turned(), funnel.turned(), [table.turned() for table in confidence]
-        sampled = [(name, found) for name, item in group if (found := item.picks)]
+        sampled = [(name, item.picks) for name, item in group if item.picks]
         tables += [scores, *([gain_table(title, here)] if here else []), funnel, *confidence]
         tables += [picks_table(title, sampled)] if sampled else []
         tables += [stage_table(title, group)] if any(item.measured.get("stages") for _, item in group) else []
