@@ -339,7 +339,8 @@ class PipelineRecipe(GrownSettings):
             case TextualRecursion(reader=changes):
                 return self._reader_with(changes, {})
             case RetrievalRecursion(asks=dict() as changes):
-                return self._reader_with(changes, {"prompt": "missing-passage", "template": {}})
+                # What was trained for answering is no help in asking.
+                return self._reader_with(changes, {"prompt": "missing-passage", "template": {}, "method": None})
             case _:
                 return None
 
@@ -354,6 +355,7 @@ class PipelineRecipe(GrownSettings):
             raise ValueError(f"a {own} reader writes nothing. Name all settings of one that does, with kind: lm.")
         like = {} if own != self.reader.kind else self.reader.model_dump(exclude_unset=True)
         try:
+            other = {name: value for name, value in other.items() if name in kinds[own].model_fields}
             return kinds[own].model_validate({**like, **other, "kind": own, **changes})
         except ValidationError as error:
             first = error.errors()[0]
