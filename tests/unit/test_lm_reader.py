@@ -708,3 +708,26 @@ def test_two_readers_share_a_model_and_each_reads_with_its_own_method(models: di
         assert alone._attachable is not None
         alone._attachable.detach()
         assert fingerprint(backbone.model) == before
+
+
+@pytest.mark.parametrize("name", ["llama", "odqa-mini"])
+def test_samples_share_the_prompt_under_a_method_too(
+    models: dict[str, Backbone], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from odqa.frozen.method import create_method
+
+    method = create_method("prompt-tuning", models[name], length=4, seed=1)
+    reader = make(models[name], max_new_tokens=6, batch_size=12, method=method, is_shared=True)
+    contexts = pack(reader, 120)
+    shared = reader.draw(contexts, 4, seed=3)
+    if models[name].architecture == "seq2seq":
+        monkeypatch.setattr(LmReader, "_encode_apart", LmReader._prompts)
+    else:
+        monkeypatch.setattr(LmReader, "_shared_cache", lambda self, sources: {})
+    apart = reader.draw(contexts, 4, seed=3)
+    assert [[sample.text for sample in one] for one in shared] == [[sample.text for sample in one] for one in apart]
+    for one, other in zip(shared, apart, strict=True):
+        # float32 sums in another order
+        assert [s.logprob for s in one] == pytest.approx([s.logprob for s in other], abs=1e-4)
+    bare = make(models[name], max_new_tokens=6).draw(contexts, 4, seed=3)
+    assert [[s.logprob for s in one] for one in bare] != [[s.logprob for s in one] for one in shared]
