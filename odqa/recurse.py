@@ -19,7 +19,7 @@ from odqa.text import normalize_answer
 from odqa.types import Answer, Candidate, Hit, PackedContext, Query, Sample
 
 MOST_CANDIDATES = 32
-"""Samples a question at most, as in the issue's table; our choice."""
+"""Samples a question at most; our choice."""
 MOST_PASSES = 8
 """Passes at most: a bound on what a recipe may cost by mistake; our choice."""
 
