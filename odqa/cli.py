@@ -465,6 +465,108 @@ def doctor(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A language model: a folder, a hub name or an embedded one.")],
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; any but this machine's own needs keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0: a free one, named in the log.")] = 8000,
+    folder: Annotated[Path, typer.Option(help="Where keys and the users' artifacts lie.")] = Path("served"),
+    name: Annotated[str | None, typer.Option(help="What requests call the model [the last part of MODEL].")] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A Jinja file that renders chats [the tokenizer's own template].")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16, float16 or auto; below float32 a text may depend on its neighbours."),
+    ] = "float32",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of an operation [torch's choice].")] = None,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds in which a shutdown finishes what runs.")] = 30.0,
+    open_to_all: Annotated[bool, typer.Option("--open", help="Listen on any address without keys.")] = False,
+    log_texts: Annotated[bool, typer.Option("--log-texts", help="Write prompts and answers into the log.")] = False,
+    rows: Annotated[int, typer.Option(min=1, help="Texts computed together.")] = 64,
+    cache_tokens: Annotated[int, typer.Option(min=1, help="Tokens of their key/value cache, padding too.")] = 32_768,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Tokens of prompts read between two steps.")] = 4096,
+    waiting_rows: Annotated[int, typer.Option(min=1, help="Texts that may wait.")] = 4096,
+    waiting_bytes: Annotated[int, typer.Option(min=1, help="Bytes of vectors that may wait.")] = 256 << 20,
+    user_rows: Annotated[int, typer.Option(min=1, help="Texts of one user that may wait.")] = 2048,
+    request_rows: Annotated[int, typer.Option(min=1, help="Texts of one request: prompts times n.")] = 1024,
+    request_seconds: Annotated[float, typer.Option(min=0.1, help="Until a request is answered, or given up.")] = 120.0,
+    new_tokens: Annotated[int, typer.Option(min=1, help="The largest max_tokens.")] = 1024,
+    logprobs: Annotated[int, typer.Option(min=0, help="The largest logprobs and top_logprobs.")] = 20,
+    requests_a_minute: Annotated[int, typer.Option(min=0, help="Of one user; 0: any number.")] = 3000,
+    artifacts: Annotated[int, typer.Option(min=0, help="Artifacts a user may register.")] = 100,
+    artifact_bytes: Annotated[int, typer.Option(min=1, help="Bytes of one's tensors.")] = 4 << 20,
+    body_bytes: Annotated[int, typer.Option(min=1024, help="Bytes of a request's body.")] = 8 << 20,
+    body_seconds: Annotated[float, typer.Option(min=0.1, help="Until a body must be there.")] = 30.0,
+    reading_bytes: Annotated[int, typer.Option(min=1024, help="Bytes of all bodies under way.")] = 256 << 20,
+    connections: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 1024,
+) -> None:
+    """Serve a frozen language model over OpenAI's protocol: completions, chats, soft prompts, many users in one batch.
+
+    Log lines are JSON on stderr; the one with the event "ready" has the address. Stops at SIGTERM or Ctrl-C.
+    """
+    from odqa.serve.command import run_server
+    from odqa.serve.limits import Limits
+
+    limits = Limits(
+        rows=rows,
+        cache_tokens=cache_tokens,
+        prefill_tokens=prefill_tokens,
+        waiting_rows=waiting_rows,
+        waiting_bytes=waiting_bytes,
+        user_rows=user_rows,
+        request_rows=request_rows,
+        request_seconds=request_seconds,
+        new_tokens=new_tokens,
+        logprobs=logprobs,
+        requests_a_minute=requests_a_minute,
+        artifacts=artifacts,
+        artifact_bytes=artifact_bytes,
+        body_bytes=body_bytes,
+        body_seconds=body_seconds,
+        reading_bytes=reading_bytes,
+        connections=connections,
+    )
+    run_server(
+        model,
+        folder,
+        limits,
+        host=host,
+        port=port,
+        name=name,
+        chat_template=chat_template,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        grace=grace,
+        open_to_all=open_to_all,
+        log_texts=log_texts,
+    )
+
+
+@app.command("serve-key")
+def serve_key(
+    user: Annotated[str, typer.Argument(help="Whose key: a-z, 0-9, - and _.")],
+    folder: Annotated[Path, typer.Option(help="The folder of odqa serve.")] = Path("served"),
+    revoke: Annotated[bool, typer.Option("--revoke", help="Take all keys of the user away.")] = False,
+) -> None:
+    """Make a key for a user of odqa serve, or revoke theirs; a running server heeds it at once.
+
+    The key is printed once; on disk is its hash alone.
+    """
+    from odqa.serve.keys import Keys
+
+    keys = Keys(folder)
+    if revoke:
+        _print(f"{keys.revoke(user)} revoked")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    _print(keys.make(user))
+
+
+@app.command()
 def demo(artifacts: Artifacts = None) -> None:
     """Index the embedded dump, ask, evaluate. Offline."""
     from odqa import jobs, report

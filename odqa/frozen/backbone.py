@@ -226,14 +226,15 @@ class Backbone:
 
     def _decode(self, encoded: Encoded, targets: Tokens) -> torch.Tensor:
         """Logits of a decoder that is shown the right target tokens: (B, U, V)."""
-        start = self._decoder_start()
+        start = self.decoder_start()
         ids, _ = self._tensors([[start, *target[:-1]] for target in targets], "right")
         logits: torch.Tensor = self.model(
             encoder_outputs=(encoded.states,), attention_mask=encoded.mask, decoder_input_ids=ids, use_cache=False
         ).logits
         return logits
 
-    def _decoder_start(self) -> int:
+    def decoder_start(self) -> int:
+        """The token with which an encoder-decoder's texts begin. Raises DataError for a model that does not say."""
         for settings in (self.model.generation_config, self.model.config):
             for name in ("decoder_start_token_id", "bos_token_id"):
                 if (start := getattr(settings, name, None)) is not None:

@@ -59,7 +59,7 @@ class Bank:
         if folder is not None and not folder.is_dir():
             raise DataError(f"bank {folder}: no such folder.")
         self.backbone, self.folder, self.keep_bytes = backbone, folder, keep_bytes
-        self._workshop = Workshop(backbone)
+        self.workshop = Workshop(backbone)
         self._added: dict[str, Parts] = {}
         self._kept: OrderedDict[str, _Kept] = OrderedDict()  # the one used last at the end
         self.kept_bytes = 0
@@ -106,7 +106,7 @@ class Bank:
 
         Raises as `parts` does, with the number of the row.
         """
-        return Mixture(self._workshop, [self._row(number, name) for number, name in enumerate(names)])
+        return Mixture(self.workshop, [self._row(number, name) for number, name in enumerate(names)])
 
     @contextmanager
     def attached(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -146,7 +146,7 @@ class Bank:
             ends = self.backbone.end_tokens(options.get("eos_token_id"))
             noise = _RowNoise([generators[number] for number in going], ends)
             options["logits_processor"] = LogitsProcessorList([*_warpers(temperature, top_k, top_p), noise])
-        with Mixture(self._workshop, [parts for parts in found if isinstance(parts, Parts)]).attached():
+        with Mixture(self.workshop, [parts for parts in found if isinstance(parts, Parts)]).attached():
             written = self.backbone.generate(
                 [rows[number].ids for number in going], max_new_tokens=max_new_tokens, do_sample=False, **options
             )
@@ -200,10 +200,10 @@ class Bank:
         if not (folder / saved.DESCRIPTION).is_file():
             return self._of_method(peft.load_peft(folder, self.backbone), str(folder))
         description, tensors = read_method(folder, self.backbone)
-        return self._workshop.make(description["kind"], description["settings"], tensors, str(folder))
+        return self.workshop.make(description["kind"], description["settings"], tensors, str(folder))
 
     def _of_method(self, method: Method, where: str) -> Parts:
-        return self._workshop.make(method.kind, method.saved_settings(), method.saved_tensors(), where)
+        return self.workshop.make(method.kind, method.saved_settings(), method.saved_tensors(), where)
 
     def _keep(self, name: str, kept: _Kept) -> None:
         self._kept[name] = kept
