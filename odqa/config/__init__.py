@@ -18,7 +18,8 @@ from odqa.config.index import (
     SentenceWindow,
     Vectors,
 )
-from odqa.config.labs import Claim, Lab, LabFigure
+from odqa.config.instructions import MixtureRecipe, MixtureTraining, TaskTemplates, Templates
+from odqa.config.labs import Claim, IdptLab, Lab, LabFigure, ProbesLab, TasksLab
 from odqa.config.pipeline import (
     AlphaHybridRetriever,
     AnyRetriever,
@@ -53,6 +54,7 @@ from odqa.config.training import (
     FineTuningSettings,
     FitRecipe,
     GroupRecipe,
+    InputPromptSettings,
     LmFit,
     LmReaderTraining,
     LmTraining,
@@ -80,7 +82,12 @@ RECIPES: dict[str, type[Settings]] = {
     "train-average": ModelAverage,
     "train-lm": LmTraining,
     "train-lm-reader": LmReaderTraining,
+    "train-mixture": MixtureTraining,
+    "templates": Templates,
     "mine": Mining,
+    "lab-idpt": IdptLab,
+    "lab-tasks": TasksLab,
+    "lab-probes": ProbesLab,
 }
 
 __all__ = [
@@ -120,7 +127,9 @@ __all__ = [
     "GivenVectors",
     "GroupRecipe",
     "HybridRetriever",
+    "IdptLab",
     "IndexRecipe",
+    "InputPromptSettings",
     "Lab",
     "LabFigure",
     "LmFit",
@@ -131,10 +140,13 @@ __all__ = [
     "LuceneAnalyzerSettings",
     "Mining",
     "MixRecipe",
+    "MixtureRecipe",
+    "MixtureTraining",
     "ModelAverage",
     "PackerSettings",
     "PipelineRecipe",
     "PrefixTuningSettings",
+    "ProbesLab",
     "PromptTuningSettings",
     "Published",
     "QuestionLikelihood",
@@ -147,6 +159,9 @@ __all__ = [
     "SentenceWindow",
     "Settings",
     "SpanReaderSettings",
+    "TaskTemplates",
+    "TasksLab",
+    "Templates",
     "TrimSettings",
     "TuneSet",
     "Variant",
