@@ -63,7 +63,7 @@ def run(settings: ProbesLab, seed: int, desk: Desk) -> Outcome:
     facts: dict[str, dict[str, float]] = {}
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {"accuracy": {}, "selectivity": {}}
     for model in settings.models:
-        backbone = load_backbone(model, "seq2seq" if is_encoder_decoder(model) else "encoder", dtype="float32")
+        backbone = load_backbone(model, "seq2seq" if is_encoder_decoder(model) else "encoder")
         short = model.removeprefix("embedded:")
         for measure, (train, test) in cases.items():
             known, asked = features(backbone, train), features(backbone, test)  # (L + 1, N, ...)
