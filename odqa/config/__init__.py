@@ -18,7 +18,8 @@ from odqa.config.index import (
     SentenceWindow,
     Vectors,
 )
-from odqa.config.labs import BlackboxLab, Claim, Lab, LabFigure
+from odqa.config.instructions import MixtureRecipe, MixtureTraining, TaskTemplates, Templates
+from odqa.config.labs import BlackboxLab, Claim, IdptLab, Lab, LabFigure, ProbesLab, TasksLab
 from odqa.config.pipeline import (
     AlphaHybridRetriever,
     AnyReader,
@@ -56,6 +57,7 @@ from odqa.config.training import (
     FineTuningSettings,
     FitRecipe,
     GroupRecipe,
+    InputPromptSettings,
     LmFit,
     LmReaderTraining,
     LmTraining,
@@ -83,8 +85,13 @@ RECIPES: dict[str, type[Settings]] = {
     "train-average": ModelAverage,
     "train-lm": LmTraining,
     "train-lm-reader": LmReaderTraining,
+    "train-mixture": MixtureTraining,
+    "templates": Templates,
     "mine": Mining,
     "lab-blackbox": BlackboxLab,
+    "lab-idpt": IdptLab,
+    "lab-tasks": TasksLab,
+    "lab-probes": ProbesLab,
 }
 
 __all__ = [
@@ -128,7 +135,9 @@ __all__ = [
     "GivenVectors",
     "GroupRecipe",
     "HybridRetriever",
+    "IdptLab",
     "IndexRecipe",
+    "InputPromptSettings",
     "Lab",
     "LabFigure",
     "LmFit",
@@ -139,10 +148,13 @@ __all__ = [
     "LuceneAnalyzerSettings",
     "Mining",
     "MixRecipe",
+    "MixtureRecipe",
+    "MixtureTraining",
     "ModelAverage",
     "PackerSettings",
     "PipelineRecipe",
     "PrefixTuningSettings",
+    "ProbesLab",
     "PromptTuningSettings",
     "Published",
     "QuestionLikelihood",
@@ -156,6 +168,9 @@ __all__ = [
     "SentenceWindow",
     "Settings",
     "SpanReaderSettings",
+    "TaskTemplates",
+    "TasksLab",
+    "Templates",
     "TextualRecursion",
     "TrimSettings",
     "TuneSet",
