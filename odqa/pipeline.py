@@ -4,12 +4,18 @@ Knows `types` and `stages` only: no recipe, no index, no gold answer. Closed-boo
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
 from odqa.stages import NotesReading, Packer, Reader, Recursion, Reranker, Retriever
 from odqa.types import Answer, Hit, LatentContext, PackedContext, Query, Step, Trace, as_recorded
+
+Watch = Callable[[Trace], None]
+"""Gets a query's trace so far after each step; the last step is the one that has just ended.
+
+After a reading its answer and context are there too. What it raises ends the call of `answer`, between two stages.
+"""
 
 
 @dataclass(slots=True)
@@ -27,11 +33,11 @@ class Pipeline:
     k: int = 100
     max_passes: int = 1
 
-    def answer(self, queries: Sequence[Query]) -> list[Trace]:
+    def answer(self, queries: Sequence[Query], watch: Watch | None = None) -> list[Trace]:
         """One trace a query, in order. All queries go through each stage together; see `batches` for long lists."""
         if not queries:
             return []
-        records = [_Record(query) for query in queries]
+        records = [_Record(query, watch) for query in queries]
         self._retrieve_and_read(records, list(queries), 1)
         running = records
         for pass_no in range(2, self.max_passes + 1):
@@ -71,7 +77,7 @@ class Pipeline:
         share = clock.seconds / len(records)
         for record, context, query in zip(records, contexts, queries, strict=True):
             costs = self.reader.costs(query, context.hits)
-            record.steps.append(
+            record.add(
                 Step(
                     "pack",
                     pass_no,
@@ -95,17 +101,22 @@ class Pipeline:
         for record, context, (answer, notes) in zip(records, contexts, read, strict=True):
             record.contexts.append(context)
             record.answers.append(replace(answer, passes=pass_no))
-            record.steps.append(Step("read", pass_no, clock.seconds / len(records), len(records), notes=notes))
+            record.add(Step("read", pass_no, clock.seconds / len(records), len(records), notes=notes))
 
 
 class _Record:
     """What becomes a query's trace."""
 
-    def __init__(self, query: Query) -> None:
-        self.query = query
+    def __init__(self, query: Query, watch: Watch | None = None) -> None:
+        self.query, self.watch = query, watch
         self.steps: list[Step] = []
         self.answers: list[Answer] = []
         self.contexts: list[PackedContext] = []
+
+    def add(self, step: Step) -> None:
+        self.steps.append(step)
+        if self.watch is not None:
+            self.watch(self.trace())
 
     def trace(self) -> Trace:
         return Trace(self.query, tuple(self.steps), tuple(self.answers), tuple(self.contexts))
@@ -134,7 +145,7 @@ def _note(records: list[_Record], stage: str, pass_no: int, clock: _Clock, hits:
         ids, scores = tuple(hit.passage.id for hit in found), tuple(hit.score for hit in found)
         sources = tuple(hit.source for hit in found)
         share = clock.seconds / len(records)
-        record.steps.append(Step(stage, pass_no, share, len(records), ids, scores, sources=sources))
+        record.add(Step(stage, pass_no, share, len(records), ids, scores, sources=sources))
 
 
 def _notes(context: PackedContext) -> dict[str, object]:
