@@ -1,9 +1,15 @@
-"""A served model for tests: the application in this process, behind a real socket."""
+"""A served model for tests: the application in this process, behind a real socket, or in a process of its own."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +51,50 @@ def listening(service: Service) -> Iterator[str]:
         server.should_exit = True
         thread.join(timeout=20)
         assert not thread.is_alive(), "the server does not stop"
+
+
+@dataclass
+class Process:
+    """`odqa serve` in a process of its own. `log` has its JSON lines so far."""
+
+    url: str
+    process: "subprocess.Popen[bytes]"
+    log_file: Path
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        lines = self.log_file.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+    @property
+    def memory(self) -> int:
+        """Resident bytes (Linux)."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 60) -> int:
+        """Send a signal; the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(seconds)
+
+
+@contextmanager
+def serving(model: Path, folder: Path, *options: str) -> Iterator[Process]:
+    """A process that serves while the block lasts, if nothing ends it before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f"log-{len(list(folder.glob('log-*')))}"
+    command = [sys.executable, "-m", "odqa.cli", "serve", str(model), "--folder", str(folder), "--port", "0"]
+    with log.open("wb") as file:
+        process = subprocess.Popen([*command, "--threads", "1", *options], stderr=file)
+    made = Process("", process, log)
+    end = time.monotonic() + 120
+    try:
+        while not (ready := [line for line in made.log if line["event"] == "ready"]):
+            assert process.poll() is None and time.monotonic() < end, log.read_text(encoding="utf-8")
+            time.sleep(0.02)
+        made.url = ready[0]["url"]
+        yield made
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()

@@ -102,8 +102,8 @@ def test_a_stream_has_the_same_text_and_ends_with_its_usage(client: openai.OpenA
     assert sum(
         len(chunk.choices[0].logprobs.tokens or []) for chunk in chunks if chunk.choices and chunk.choices[0].logprobs
     ) == len(expected.ids)
-    assert len(chunks) > 10 and chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == len(expected.ids)
-    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-2:] == [None, "length"]
+    assert len(chunks) > 5 and chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == len(expected.ids)
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-2:] == [None, expected.finish]
 
 
 def test_several_prompts_and_token_ids_are_answered_in_order(client: openai.OpenAI, engine: LocalEngine) -> None:
@@ -360,7 +360,7 @@ BAD: list[tuple[Any, int, str]] = [
     ({"model": "llama", "prompt": [-1]}, 400, "Token -1 is not one of 0 to"),
     ({"model": "llama", "prompt": [10**40]}, 400, "Token a huge number"),
     ({"model": "llama", "prompt": "\ud800"}, 400, "half a surrogate pair"),
-    ({"model": "\ud800", "prompt": "a"}, 404, "does not exist"),
+    ({"model": "\ud800", "prompt": "a"}, 400, "model"),
     ({"model": "llama", "prompt": "a " * 20_000}, 400, "characters"),
     ({"model": "llama", "prompt": "a", "max_tokens": 201}, 400, "writes at most 200"),
     ({"model": "llama", "prompt": "a", "max_tokens": -1}, 400, "max_tokens"),

@@ -48,7 +48,7 @@ def prompts(count: int, length: int = 4) -> list[Vectors]:
 
 def test_it_is_an_engine_that_says_the_same(http: HttpEngine, local: LocalEngine) -> None:
     engine: Engine = http
-    same = [name for name in ("fingerprint", "width", "layers", "vocabulary", "window", "embedding_spread")]
+    same = ("fingerprint", "width", "layers", "vocabulary", "window", "embedding_spread")
     assert [getattr(engine.facts, name) for name in same] == [getattr(local.facts, name) for name in same]
     assert engine.facts.model == "llama" and not engine.facts.takes_deep
     assert engine.tokens(TEXTS) == local.tokens(TEXTS)
