@@ -360,6 +360,32 @@ def train(
 
 
 @app.command()
+def lab(
+    recipe: Annotated[str, typer.Argument(help="A lab, such as eval/lab-calm.yaml.")],
+    out: Annotated[Path | None, typer.Option(help="The artifact folder [artifacts/RECIPE].")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Also write the report, FILE.md and FILE.json, and its figures.")
+    ] = None,
+    data: Data = None,
+    artifacts: Artifacts = None,
+    changes: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Prove a paper's claim in a small world; exit 1 if a claim does not hold.
+
+    Trains and measures everything from nothing, a few minutes a seed; a killed lab goes on with the next seed.
+    """
+    from odqa.labs.runner import run_lab
+
+    result = run_lab(recipe, places=_places(data, artifacts), out=out, changes=changes or (), log=_log)
+    if save is not None:
+        result.save(save, _log)
+    _print_json(result.to_json()) if as_json else _print(result.render())
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
 def explain(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     question_id: Annotated[str | None, typer.Option("--id", help="One question: its whole trace.")] = None,

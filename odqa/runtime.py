@@ -78,10 +78,11 @@ def run_batches(
     batch_tokens: int | None = None,
     step: int = 16,
 ) -> None:
-    """Call `work` with batches of row numbers, rows of similar length together, until every row had its turn.
+    """Call `work` with batches of row numbers, rows of equal padded length together, until every row had its turn.
 
     `lengths` are the rows' tokens; a batch holds at most `batch_tokens` (None: `BATCH_TOKENS`) once padded to a
     multiple of `step`, or one row. On a processor batches run side by side, each on one core; `work` must allow that.
+    A row is padded by its own length, never by its neighbours': what a model says of it does not depend on them.
     """
     import torch
 
@@ -96,14 +97,15 @@ def run_batches(
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int, step: int) -> Iterator[list[int]]:
-    """Cut rows into batches of at most `batch_tokens` padded tokens, longest rows first (memory peaks at once)."""
+    """Cut rows into batches of at most `batch_tokens` tokens, longest rows first (memory peaks at once).
+
+    The rows of a batch need the same padding to a multiple of `step`.
+    """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    start = 0
-    while start < len(order):
-        longest = -(-lengths[order[start]] // step) * step
-        size = max(1, batch_tokens // max(1, longest))
-        yield order[start : start + size]
-        start += size
+    for padded, rows in itertools.groupby(order, key=lambda i: max(1, -(-lengths[i] // step)) * step):
+        size = max(1, batch_tokens // padded)
+        while batch := list(itertools.islice(rows, size)):
+            yield batch
 
 
 @contextlib.contextmanager

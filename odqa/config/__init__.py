@@ -18,6 +18,7 @@ from odqa.config.index import (
     SentenceWindow,
     Vectors,
 )
+from odqa.config.labs import Claim, Lab, LabFigure
 from odqa.config.pipeline import (
     AlphaHybridRetriever,
     AnyRetriever,
@@ -96,6 +97,7 @@ __all__ = [
     "Bm25",
     "Bm25Retriever",
     "Cascade",
+    "Claim",
     "ContextRecipe",
     "ContrastRecipe",
     "CrossEncoder",
@@ -119,6 +121,8 @@ __all__ = [
     "GroupRecipe",
     "HybridRetriever",
     "IndexRecipe",
+    "Lab",
+    "LabFigure",
     "LmFit",
     "LmReaderSettings",
     "LmReaderTraining",

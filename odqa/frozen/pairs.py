@@ -33,8 +33,11 @@ class PairHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """(R, T, D) encoder states of any float type -> (R,) scores in float32."""
-        return states[:, 0].float() @ self.weight + self.bias
+        """(R, T, D) encoder states of any float type -> (R,) scores in float32; a row's does not depend on the others.
+
+        A matrix product would add up a row in an order that depends on how many rows there are.
+        """
+        return (states[:, 0].float() * self.weight).sum(-1) + self.bias
 
 
 @dataclass(slots=True)

@@ -39,7 +39,17 @@ ALLOWED = {
 }
 HEAVY = {"torch", "transformers", "faiss", "sentence_transformers", "datasets", "numba", "bm25s", "peft", "safetensors"}
 HEAVY |= {"matplotlib"}
-FREE = {"recipes", "jobs", "doctor", "training", "foreign", "cli", "serve", "__init__"}  # they put the parts together
+FREE = {
+    "recipes",
+    "jobs",
+    "doctor",
+    "training",
+    "foreign",
+    "cli",
+    "labs",
+    "serve",
+    "__init__",
+}  # they put the parts together
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -14,6 +14,7 @@ from odqa.errors import ArtifactMismatch
 from odqa.frozen.backbone import load_backbone
 from odqa.lm.mini import PARTS, OdqaMiniForConditionalGeneration, configure, start_from_encoder
 from odqa.lm.pretrain import save_tokenizer
+from odqa.models import embedded_folder
 from tests.tiny_models import tiny_bert
 
 RANK = 2
@@ -163,3 +164,18 @@ def test_the_loss_is_the_mean_over_labels_and_a_call_without_targets_is_an_error
     torch.testing.assert_close(out.loss, by_hand)
     with pytest.raises(ValueError, match="decoder_input_ids"):
         model(**given)
+
+
+def test_the_embedded_decoder_is_small_and_knows_the_words_of_a_sentence() -> None:
+    folder = embedded_folder("embedded:odqa-mini-d1")
+    assert folder is not None
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 8e6
+    backbone = load_backbone("embedded:odqa-mini-d1", "causal", device="cpu", dtype="float32")
+
+    def nats(text: str) -> float:
+        ids = backbone.tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            return float(backbone.model(ids, labels=ids).loss)
+
+    assert nats("The city is the largest in the United States.") < 4.0
+    assert nats("States United the in. largest the is city The") > 5.0

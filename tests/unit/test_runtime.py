@@ -21,9 +21,9 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_batches_hold_rows_of_similar_length_within_the_budget_of_tokens() -> None:
-    # Padded to multiples of 16: 16, 48, 32, 16, 80; longest first, at most 64 tokens a batch or a single row.
-    assert list(batches_by_length([5, 40, 17, 16, 70], 64, 16)) == [[4], [1], [2, 3], [0]]
+def test_batches_hold_rows_of_equal_padded_length_within_the_budget_of_tokens() -> None:
+    # Padded to multiples of 16: 16, 48, 32, 16, 80, 32, 32; longest first, at most 64 tokens a batch or a single row.
+    assert list(batches_by_length([5, 40, 17, 16, 70, 32, 20], 64, 16)) == [[4], [1], [5, 6], [2], [3, 0]]
     assert list(batches_by_length([], 64, 16)) == []
 
 
