@@ -25,7 +25,10 @@ def run_server(
     build: bool,
     data: Path | None,
 ) -> None:
-    """Serve until a signal comes; `pipeline` (None: none) answers at /ask. Raises MissingExtra without FastAPI or uvicorn, and what `server.serve` raises."""
+    """Serve until a signal comes. `pipeline` answers at /ask (None: nothing does).
+
+    Raises MissingExtra without FastAPI or uvicorn, and what `server.serve` and `asking.load_asker` raise.
+    """
     try:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401

@@ -61,7 +61,7 @@ function showAnswer(answer, isLast) {
 
 function passage(one, isRead) {
   const found = one.found ? [el("span", { class: "badge here" }, "taken from here")] : [];
-  const facts = [one.id];
+  const facts = [`passage ${one.id}`];
   if (one.tokens !== null && one.tokens !== undefined) facts.push(count(one.tokens, "token"));
   if (one.score !== null) facts.push(`score ${number(one.score)}${one.source ? ` by ${one.source}` : ""}`);
   return el("li", {},
@@ -82,8 +82,8 @@ function showEvidence(told, packing) {
     cell.style.width = `${100 * share / Math.max(1, budget)}%`;
     bar.append(cell);
   }
-  const facts = [`${count(list.length, "passage")} packed, ${tokens.toLocaleString("en")} of ${budget.toLocaleString("en")} tokens`,
-    `${count(Math.max(0, tokens - spent), "token")} of them for question and prompt`];
+  const facts = [`${count(list.length, "passage")} packed, ${tokens.toLocaleString("en")} of ${budget.toLocaleString("en")} tokens`];
+  if (tokens > spent) facts.push(`${count(tokens - spent, "token")} of them for question and prompt`);
   const dropped = Object.entries(packing?.notes.dropped || {}).map(([reason, ids]) => `${ids.length} (${reason})`);
   if (dropped.length) facts.push(`not packed: ${dropped.join(", ")}`);
   const open = list.slice(0, SHOWN).map((one) => passage(one, isRead));
@@ -284,7 +284,7 @@ async function about() {
     if (!response.ok) throw await problem(response);
     const facts = await response.json();
     const from = facts.passages ? `from ${count(facts.passages, "passage")}` : "from the model alone";
-    parts.about.textContent = visible(`${facts.recipe} answers ${from}, and shows what the answer is taken from.`);
+    parts.about.textContent = visible(`The pipeline ${facts.recipe} answers ${from}, and shows what the answer is taken from.`);
     parts.question.maxLength = facts.question_characters;
   } catch (error) {
     parts.about.textContent = visible(error instanceof TypeError ? "The server cannot be reached." : error.message);

@@ -23,7 +23,7 @@ def step_told(trace: Trace, store: "PassageStore | None") -> Json:
     """The last step of a trace.
 
     All have `stage`, `pass`, `seconds`, `notes`. A ranking has the `count` of its passages and the first of them (id,
-    title, score, source); packing has all that it packed, with texts and tokens; reading has the answer and its evidence.
+    title, score, source); packing has all that it packed, with texts and tokens; reading has answer and evidence.
     """
     step = trace.steps[-1]
     told: Json = {
@@ -65,12 +65,12 @@ def _reading(trace: Trace) -> Json:
 
 
 def _evidence(context: PackedContext, answer: Answer, prices: Mapping[str, int]) -> list[Json]:
-    """The packed passages in reading order, the kept text of each. `marks`: where the answer stands in it.
+    """The packed passages in reading order, the kept text of each.
 
-    `found`: where the reader took the answer from, if it says so.
+    `found`: where the reader took the answer from, if it says so. `marks`: that place, and all others where the
+    answer's words stand.
     """
-    first = answer.candidates[0] if answer.candidates else None
-    source = first if first is not None and answer.text and first.passage_id is not None else None
+    first = answer.candidates[0] if answer.candidates and answer.text else None
     evidence = []
     for rank, hit in enumerate(context.hits, start=1):
         told = {
@@ -79,11 +79,13 @@ def _evidence(context: PackedContext, answer: Answer, prices: Mapping[str, int])
             "score": _number(hit.score),
             "source": hit.source,
             "tokens": prices.get(hit.passage.id),
-            "marks": [list(span) for span in answer_spans(hit.passage.text, [answer.text])] if answer.text else [],
         }
-        if source is not None and source.passage_id == hit.passage.id and source.start is not None:
-            told["found"] = [source.start, source.end]
-        evidence.append(told)
+        spans = set(answer_spans(hit.passage.text, [answer.text])) if answer.text else set()
+        if first is not None and first.passage_id == hit.passage.id and first.start is not None:
+            assert first.end is not None
+            told["found"] = [first.start, first.end]
+            spans.add((first.start, first.end))
+        evidence.append(told | {"marks": [list(span) for span in sorted(spans)]})
     return evidence
 
 
