@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from odqa.corpus.examples import Example, Ranking
     from odqa.frozen.backbone import Backbone
+    from odqa.frozen.blackbox import SearchSettings
     from odqa.frozen.fit import FitSettings
     from odqa.frozen.method import Method
     from odqa.read.adapt import ContextBatches, TuneSet
@@ -188,6 +189,8 @@ def sweep(
         raise RecipeError(f"{recipe.path}: learning rates are compared for recipes of kind train-lm-reader only.")
     if not settings.tune:
         raise RecipeError(f"{recipe.path}: learning rates are compared on tune questions. Name some under tune.")
+    if settings.fit is None:
+        raise RecipeError(f"{recipe.path}: its trainer has no learning rates. Compare those of a recipe with fit.")
     folder = out or places.artifacts / f"{recipe.name}-sweep"
     rates = sorted(set(rates or rates_around(settings.fit.learning_rates["method"])))
     steps = steps or max(1, settings.fit.steps // 4)
@@ -199,6 +202,7 @@ def sweep(
         log(f"{folder}: swept already")
         return found
     tune, batches = setup.tune(log), setup.batches()
+    assert setup.fit is not None
     short = replace(setup.fit, steps=steps, evaluate_every=0, keep_best=None, patience=0)
     curves: dict[str, Any] = {}
     with building(
@@ -400,9 +404,14 @@ def _train_lm_reader(
         log(f"{folder}: trained already")
         return found
     tune, batches, method = setup.tune(log), setup.batches(), setup.method()
-    kind, scratch = adapt.KIND, (adapt.CHECKPOINT,)
+    kind, scratch = adapt.KIND, (adapt.CHECKPOINT, adapt.JOURNAL)
     with building(folder, kind, recipe=recipe.resolved, inputs=inputs, scratch=scratch, unlisted=(PICTURE,)) as draft:
-        adapt.train_method(setup.reader, method, batches, tune, draft, setup.fit, stored=setup.stored, log=log)
+        if setup.fit is not None:
+            adapt.train_method(setup.reader, method, batches, tune, draft, setup.fit, stored=setup.stored, log=log)
+        else:
+            adapt.search_prompt(
+                setup.reader, method, batches, tune, draft, setup.search(), stored=setup.stored, log=log
+            )
         _draw_curves(draft.path, {recipe.name: _curve(draft.path)}, log)
     return load_artifact(folder, kind)
 
@@ -596,15 +605,23 @@ class _LmSetup:
         self.start = None if settings.start is None else places.file(settings.start)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        # The model trains in float32 (in bfloat16 under autocast), whatever the pipeline reads in.
-        reader = build_reader(pipeline.reader.model_copy(update={"dtype": "float32", "batch_size": 16}), places)
+        # By gradients the model trains in float32 (in bfloat16 under autocast), whatever the pipeline reads in.
+        changes = {"dtype": "float32", "batch_size": 16} if settings.fit is not None else {}
+        reader = build_reader(pipeline.reader.model_copy(update=changes), places)
         assert isinstance(reader, LmReader)
         reranker = build_reranker(pipeline.reranker, places) if pipeline.packer.needs_reranker else None
         self.reader, self.packer = reader, build_packer(pipeline.packer, reader, reranker)
         on_cpu = reader.backbone.device.type == "cpu"
         autocast = has_fast_bf16() or not on_cpu if settings.autocast is None else settings.autocast
-        self.fit = FitSettings(**settings.fit.model_dump(), autocast=autocast)
+        self.fit = None if settings.fit is None else FitSettings(**settings.fit.model_dump(), autocast=autocast)
         self.stored = torch.float16 if settings.stored == "float16" else torch.float32
+
+    def search(self) -> "SearchSettings":
+        """The settings of a black-box search."""
+        from odqa.frozen.blackbox import SearchSettings
+
+        assert self.settings.trainer is not None  # the recipe has been checked
+        return SearchSettings(**self.settings.trainer.model_dump(exclude={"kind"}))
 
     def inputs(self) -> dict[str, Any]:
         """What the manifest says was read."""

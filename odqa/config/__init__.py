@@ -18,7 +18,7 @@ from odqa.config.index import (
     SentenceWindow,
     Vectors,
 )
-from odqa.config.labs import Claim, Lab, LabFigure
+from odqa.config.labs import BlackboxLab, Claim, Lab, LabFigure
 from odqa.config.pipeline import (
     AlphaHybridRetriever,
     AnyRetriever,
@@ -45,6 +45,7 @@ from odqa.config.training import (
     AveragedPart,
     BiEncoderFit,
     BiEncoderTraining,
+    BlackboxTrainer,
     ContextRecipe,
     ContrastRecipe,
     DecoderLm,
@@ -81,6 +82,7 @@ RECIPES: dict[str, type[Settings]] = {
     "train-lm": LmTraining,
     "train-lm-reader": LmReaderTraining,
     "mine": Mining,
+    "lab-blackbox": BlackboxLab,
 }
 
 __all__ = [
@@ -94,6 +96,8 @@ __all__ = [
     "AveragedPart",
     "BiEncoderFit",
     "BiEncoderTraining",
+    "BlackboxLab",
+    "BlackboxTrainer",
     "Bm25",
     "Bm25Retriever",
     "Cascade",

@@ -47,3 +47,31 @@ class Lab(Settings):
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds need to differ (found: {', '.join(map(str, self.seeds))}).")
         return self
+
+
+class BlackboxLab(Lab):
+    """Black-box tuning beside written prompts and gradients, few-shot (`odqa.labs.blackbox`)."""
+
+    kind: Literal["lab-blackbox"]
+    words: int = Field(40, ge=10, description="words with properties")
+    tasks: int = Field(4, ge=2, description="properties, each asked for by a task")
+    length: int = Field(5, ge=3, description="words of a text; odd")
+    width: int = Field(64, ge=16)
+    layers: int = Field(2, ge=1)
+    pretraining_steps: int = Field(1000, ge=1)
+    shots: int = Field(16, ge=2, description="training examples a class, and as many to choose by")
+    items: int = Field(400, ge=1, description="test texts a task")
+    dimensions: int = Field(50, ge=2, description="of z")
+    population: int = Field(20, ge=2)
+    calls: int = Field(1000, ge=2, description="passes of the training set in a black-box search")
+    sigma: float = Field(1.0, gt=0)
+    deep_sigma: float = Field(0.2, gt=0)
+    deep_scale: float = Field(0.2, gt=0)
+    text_calls: int = Field(60, ge=7, description="passes of the training set in the search over texts")
+    gradient_steps: int = Field(100, ge=1)
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if self.length % 2 == 0:
+            raise ValueError(f"length is {self.length}; it must be odd, or texts have no majority.")
+        return self

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from odqa.config.base import Settings
+from odqa.config.base import GrownSettings, Settings
 
 
 class Mining(Settings):
@@ -304,11 +304,32 @@ class ContextRecipe(Settings):
     seed: int = 0
 
 
-class LmReaderTraining(Settings):
+class BlackboxTrainer(Settings):
+    """Searches for a soft prompt by CMA-ES through the model's API alone, see `odqa.frozen.blackbox.SearchSettings`.
+
+    A call is one pass of `contexts.questions` questions with one prompt; each generation has questions of its own.
+    """
+
+    kind: Literal["blackbox"]
+    calls: int = Field(8000, ge=2)
+    dimensions: int = Field(500, ge=2, description="of z")
+    population: int = Field(20, ge=2, description="prompts a generation")
+    sigma: float = Field(1.0, gt=0, description="first step size of z")
+    scale: float = Field(1.0, gt=0, description="how wide A z is at first, in deviations of word vectors")
+    projection: Literal["normal", "uniform"] = "normal"
+    bound: float | None = Field(5.0, gt=0, description="z stays within +- so much; null: anywhere")
+    tune_every: int = Field(5, ge=1, description="generations between two trials on tune")
+    seed: int = Field(1, ge=1)
+
+
+class LmReaderTraining(GrownSettings):
     """Trains a method on the frozen language model that a pipeline reads with, on contexts as that pipeline packs them.
 
-    `pipeline` says all of it: model, prompt, packing, and for the tune questions retrieval and re-ranking.
+    `pipeline` says all of it: model, prompt, packing, and for the tune questions retrieval and re-ranking. Either by
+    gradients (`fit`) or by another trainer.
     """
+
+    LATER = frozenset({"trainer"})
 
     kind: Literal["train-lm-reader"]
     pipeline: str
@@ -317,12 +338,32 @@ class LmReaderTraining(Settings):
     passages: tuple[str, ...] = Field((), description="files that hold the passages that examples and rankings name")
     rankings: str | None = Field(None, description="a mining recipe or what it made; null: the file's negatives")
     contexts: ContextRecipe = ContextRecipe()
-    fit: FitRecipe
+    fit: FitRecipe | None = Field(None, description="training by gradients")
+    trainer: BlackboxTrainer | None = Field(None, description="instead of fit; needs a method of kind prompt-tuning")
     tune: tuple[TuneSet, ...] = ()
     start: str | None = Field(None, description="a trained method of the same kind to go on from")
     autocast: bool | None = Field(None, description="forward pass in bfloat16; None: where that is fast")
     stored: Literal["float16", "float32"] = "float32"
     threads: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_trainer(self) -> Self:
+        if (self.fit is None) == (self.trainer is None):
+            raise ValueError("a method is trained by gradients (fit) or by a trainer. Give one of them.")
+        if self.trainer is None:
+            return self
+        if self.method.kind != "prompt-tuning":
+            raise ValueError(
+                f"trainer blackbox searches for a prompt; the method is {self.method.kind}. Use prompt-tuning."
+            )
+        if not self.tune:
+            raise ValueError("trainer blackbox chooses by tune questions. Name some under tune.")
+        if self.trainer.calls < self.trainer.population:
+            raise ValueError(
+                f"trainer blackbox: the budget of {self.trainer.calls} calls is smaller than one generation "
+                f"({self.trainer.population}). Raise calls or lower population."
+            )
+        return self
 
 
 class MixRecipe(Settings):

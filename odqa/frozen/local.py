@@ -76,6 +76,7 @@ class LocalEngine:
         self.backbone, self.pass_tokens = backbone, pass_tokens
         self.bank = Bank(backbone) if bank is None else bank
         self._before, self._behind = _special_tokens(backbone)
+        self._known = int(backbone.model.get_input_embeddings().weight.shape[0])
 
     @cached_property
     def facts(self) -> Facts:
@@ -230,9 +231,9 @@ class LocalEngine:
         return tensor
 
     def _check_ids(self, who: str, ids: Sequence[int]) -> None:
-        limit = int(self.backbone.model.get_input_embeddings().weight.shape[0])
-        if wrong := [token for token in ids if not 0 <= token < limit]:
-            raise DataError(f"{who} has token {wrong[0]}; {self.backbone.name} knows tokens 0 to {limit - 1}.")
+        if len(ids) and not 0 <= min(ids) <= max(ids) < self._known:
+            wrong = next(token for token in ids if not 0 <= token < self._known)
+            raise DataError(f"{who} has token {wrong}; {self.backbone.name} knows tokens 0 to {self._known - 1}.")
 
     def _check_room(self, who: str, row: _Row, new: int) -> None:
         window = self.backbone.window

@@ -14,10 +14,15 @@ import torch
 from odqa.artifacts import Draft
 from odqa.corpus.examples import Example
 from odqa.errors import DataError
-from odqa.frozen.backbone import fingerprint
+from odqa.frozen.backbone import fingerprint, frozen_guard
+from odqa.frozen.blackbox import Continuation, Pairs, SearchSettings, search
+from odqa.frozen.engine import Prompted
 from odqa.frozen.finetuning import FineTuning
 from odqa.frozen.fit import FitSettings, fit
+from odqa.frozen.local import LocalEngine
+from odqa.frozen.metered import Metered
 from odqa.frozen.method import Method
+from odqa.frozen.prompt_tuning import PromptTuning
 from odqa.read.lm import LmReader
 from odqa.runtime import peak_memory_bytes
 from odqa.stages import Packer
@@ -26,6 +31,7 @@ from odqa.types import Gold, Hit, PackedContext, Query
 
 KIND = "method"
 CHECKPOINT = "checkpoint.safetensors"
+JOURNAL = "journal.jsonl"  # of a black-box search
 Targets = tuple[list[list[int]], list[list[int]]]  # prompts and answers
 
 
@@ -77,13 +83,7 @@ class ContextBatches:
         """Prompt and answer of one example as token ids; remembered."""
         if number not in self._kept:
             example = self.examples[number]
-            context = self.context(example)
-            answer = next((a for a in example.answers if holds(context, (a,))), example.answers[0])
-            # Of several windows one that has the answer: the others have nothing to learn it from.
-            prompts, windows = self.reader.encode(context), context.by_window()
-            texts = [[hit.passage.text for hit in window] for window in windows]
-            best = next((n for n, window in enumerate(texts) if any(has_answer(t, (answer,)) for t in window)), 0)
-            self._kept[number] = prompts[best], self.reader.encode_answer(as_written(answer, texts[best]))
+            self._kept[number] = encode_pair(self.reader, self.context(example), example.answers)
         return self._kept[number]
 
     def context(self, example: Example) -> PackedContext:
@@ -102,6 +102,16 @@ class ContextBatches:
             if holds(context, example.answers):
                 return context
         return context
+
+
+def encode_pair(reader: LmReader, context: PackedContext, answers: Sequence[str]) -> tuple[list[int], list[int]]:
+    """A context's prompt and the answer to be written, as token ids; of several answers one that the context has."""
+    answer = next((a for a in answers if holds(context, (a,))), answers[0])
+    # Of several windows one that has the answer: the others have nothing to learn it from.
+    prompts, windows = reader.encode(context), context.by_window()
+    texts = [[hit.passage.text for hit in window] for window in windows]
+    best = next((n for n, window in enumerate(texts) if any(has_answer(t, (answer,)) for t in window)), 0)
+    return prompts[best], reader.encode_answer(as_written(answer, texts[best]))
 
 
 def holds(context: PackedContext, answers: Sequence[str]) -> bool:
@@ -187,3 +197,74 @@ def train_method(
     draft.extra["backbone"] = {"name": backbone.name, "fingerprint": backbone.fingerprint}
     draft.extra["warnings"] = result.warnings
     draft.measured |= {"training_seconds": round(result.seconds, 1), "peak_memory_bytes": peak_memory_bytes()}
+
+
+def search_prompt(
+    reader: LmReader,
+    method: Method,
+    batches: ContextBatches,
+    tune: Mapping[str, TuneSet],
+    draft: Draft,
+    settings: SearchSettings,
+    *,
+    stored: torch.dtype = torch.float32,
+    log: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Search for the vectors of a soft prompt, from those it has, through an engine: the same files as `train_method`.
+
+    Generation g is judged by the answers of batch g, what is kept by those of all tune questions (log-likelihood a
+    token). EM and F1 on tune are read at the start and at the end. Resumes from the journal in `draft` (declare
+    `JOURNAL` as scratch).
+    """
+    if not isinstance(method, PromptTuning):
+        raise DataError(f"black-box search: the method is {method.kind}; it must be prompt-tuning.")
+    backbone, engine = reader.backbone, Metered(LocalEngine(reader.backbone))
+
+    def train(generation: int) -> Pairs:
+        return [(Prompted(ids=source), target) for source, target in zip(*batches(generation), strict=True)]
+
+    known = [
+        pair for chosen in tune.values() for pair in zip(chosen.contexts, chosen.gold, strict=True) if pair[1].answers
+    ]
+    asked = [encode_pair(reader, context, gold.answers) for context, gold in known]
+    pairs = [(Prompted(ids=source), target) for source, target in asked]
+
+    def scores() -> dict[str, float]:
+        method.attach(backbone)
+        try:
+            found = {name: chosen.scores(reader) for name, chosen in tune.items()}
+        finally:
+            method.detach()
+        return {f"tune.{m}": round(sum(s[m] for s in found.values()) / len(found), 2) for m in ("em", "f1")}
+
+    with frozen_guard(backbone):
+        start = method.prompt.detach().cpu().numpy().copy()
+        objective = Continuation(engine, train, pairs)
+        result = search(engine, objective, start, settings, journal=draft.path / JOURNAL, log=log)
+        before = scores()
+        with torch.no_grad():
+            method.prompt.copy_(torch.from_numpy(result.best.words))
+        after = scores()
+    method.save(draft.path, dtype=stored)
+    curve = [{"loss": -result.curve[0]["tune"], **entry} for entry in result.curve]
+    curve[0] |= before
+    curve[-1] |= after
+    draft.write_json("curve.json", curve)
+    count = method.count(backbone)
+    draft.counts |= {
+        "trainable": settings.dimensions,
+        "frozen": count.frozen,
+        "examples": len(batches.examples),
+        "calls": result.calls,
+        "questions_seen": result.calls * batches.settings.questions,
+        "tune_calls": result.tune_calls,
+    }
+    draft.extra["backbone"] = {"name": backbone.name, "fingerprint": backbone.fingerprint}
+    draft.extra["warnings"] = []
+    draft.measured |= {
+        "training_seconds": round(result.seconds, 1),
+        "server_seconds": round(result.server_seconds, 1),
+        "bytes_up": engine.use.bytes_up,
+        "bytes_down": engine.use.bytes_down,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }

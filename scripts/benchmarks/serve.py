@@ -24,6 +24,7 @@ import typer
 
 from benchmarks.common import RESULTS, ROOT, save_result
 
+WARM = 4.0  # seconds of load before tokens are counted
 NAMES = ("short", "long")  # of the registered artifacts
 Json = dict[str, Any]
 
@@ -198,7 +199,7 @@ def mixed_requests(model: str, count: int, seed: int = 0) -> Iterator[Json]:
         asked = chance.sample(questions, chance.choice((1, 1, 2, 4, 12)))
         body: Json = {"prompt": "".join(f"Question: {text}?\n" for text in asked) + "Answer:"}
         body["model"] = chance.choice((model, model, *(f"{model}:{name}" for name in NAMES)))
-        body["max_tokens"] = chance.randint(8, 64)
+        body |= {"max_tokens": chance.randint(8, 64), "ignore_eos": True}  # so long, whatever the model would say
         body |= {"temperature": 0} if number % 2 else {"temperature": 0.8, "top_p": 0.95, "seed": number}
         yield body
 
@@ -209,9 +210,13 @@ def say(reply: Json) -> str:
 
 
 async def load(url: str, asked: list[Json], alone: list[str], clients: int, seconds: float) -> Load:
-    """Clients that ask one request after the other until the time is over; all that was begun is finished."""
+    """Clients that ask one request after the other until the time is over; all that was begun is finished.
+
+    Tokens are those of answers that came within the time, once all clients had been there for a while.
+    """
     found = Load()
-    started = time.monotonic()
+    began = time.monotonic()
+    started = began + WARM
     counted: list[tuple[float, int]] = []
 
     async def client(number: int) -> None:
@@ -240,7 +245,7 @@ async def load(url: str, asked: list[Json], alone: list[str], clients: int, seco
     await asyncio.gather(*(client(number) for number in range(clients)))
     end = started + seconds  # what comes later comes to fewer and fewer clients
     found.seconds = seconds
-    found.tokens = sum(tokens for when, tokens in counted if when <= end)
+    found.tokens = sum(tokens for when, tokens in counted if started <= when <= end)
     return found
 
 
@@ -256,8 +261,8 @@ class Connection:
             self._streams = await asyncio.open_connection(self._place.hostname, self._place.port)
         reader, writer = self._streams
         data = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
-        writer.write(head.encode() + b"\r\n" + data)
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         await writer.drain()
         status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         headers = dict(line.lower().split(": ", 1) for line in lines if ": " in line)

@@ -143,12 +143,11 @@ def test_a_polite_stop_finishes_what_runs(llama: Path, tmp_path: Path) -> None:
 
 
 def blocks(kind: str) -> Iterator[str]:
-    for text in re.findall(rf"^```{kind}\n(.*?)^```$", GUIDE, flags=re.MULTILINE | re.DOTALL):
-        yield text
+    yield from re.findall(rf"^```{kind}\n(.*?)^```$", GUIDE, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_the_guides_lines_run(llama: Path, tmp_path: Path) -> None:
-    """Its curl lines and Python, against a server as it starts one; its own model is another, so answers are not read."""
+    """Its curl lines and Python, against a server as it starts one; the model is a random one, so no answer is read."""
     lines = [
         line for text in blocks("bash") for line in text.replace("\\\n", "").splitlines() if line.startswith("curl")
     ]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from odqa.errors import DataError, ServerError
+from odqa.frozen.blackbox import Classification, Labelled, SearchResult, SearchSettings, search
 from odqa.frozen.engine import Ask, Engine, Prompted, Sampling, Vectors
 from odqa.frozen.local import LocalEngine
 from odqa.read.endpoint import Endpoint
@@ -120,3 +121,20 @@ def test_bytes_and_seconds_are_counted(http: HttpEngine) -> None:
     # 50 x 32 float32, 4/3 of them as base64, and about a kilobyte of torch.save's archive.
     assert 50 * 32 * 4 * 4 / 3 < spent["bytes_up"] < 50 * 32 * 4 * 4 / 3 + 3000
     assert spent["bytes_down"] > 500 and 0 < spent["seconds"] < 60
+
+
+def test_a_prompt_is_tuned_through_the_server_as_in_process(http: HttpEngine, local: LocalEngine) -> None:
+    """CMA-ES compares losses, so numbers that differ in the last bits lead to the same prompt: ranks decide."""
+    pytest.importorskip("cma")
+    found: list[SearchResult] = []
+    for engine in (local, http):
+        examples = [Labelled(Prompted(text), row % 2) for row, text in enumerate(TEXTS)]
+        objective = Classification(engine, [" the", " no"], examples, examples)
+        settings = SearchSettings(dimensions=6, population=4, calls=24, tune_every=2)
+        found.append(search(engine, objective, 3, settings))
+    first, second = found
+    assert first.best.words is not None and second.best.words is not None
+    np.testing.assert_allclose(second.best.words, first.best.words, atol=1e-6)
+    assert [entry["calls"] for entry in second.curve] == [entry["calls"] for entry in first.curve]
+    assert second.quality == pytest.approx(first.quality, abs=1e-5)
+    assert http.spent()["requests"] > 24, "each prompt of a population is a request"

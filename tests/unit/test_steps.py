@@ -116,7 +116,22 @@ def test_a_row_keeps_no_memory_of_longer_rows_that_have_left(root: Path) -> None
         steps.join([Text([41] * 60), Text([42] * 3)])
         steps.step([50, 51])
         steps.keep([1])
-        assert steps._cache.get_seq_length() == 4  # type: ignore[attr-defined]
+        assert steps.width == 4  # type: ignore[attr-defined]
+
+
+def test_numbers_that_are_none_do_not_reach_the_rows_that_follow(root: Path) -> None:
+    """Masked or not: 0 times NaN is NaN. GPT-2, whose norms overflow."""
+    world = world_of("gpt2", root)
+    steps = make_steps(world.backbone)
+    (alone,) = make_steps(world.backbone).join([Text([41, 42])])
+    huge = torch.tensor([1e38, -3e38] * 16).expand(9, 32)
+    wrong, _ = steps.join([Text(vectors=huge), Text([50] * 12)])
+    assert not torch.isfinite(wrong).all()
+    steps.step([50, 51])
+    steps.keep([1])
+    (right,) = steps.join([Text([41, 42])])
+    torch.testing.assert_close(right, alone)
+    assert torch.isfinite(steps.step([50, 51])).all()
 
 
 def test_what_cannot_be_computed_is_refused(root: Path, tmp_path: Path) -> None:
