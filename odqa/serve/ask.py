@@ -59,12 +59,11 @@ async def ask(asked: AskRequest, request: Request, user: User, service: Served) 
         raise bad(f"The question has {len(asked.question):,} characters; at most {most:,} are read here.", "question")
     loop = asyncio.get_running_loop()
     news: asyncio.Queue[News] = asyncio.Queue()
-    job, before = asker.submit(
-        user,
-        asked.question,
-        lambda what: loop.call_soon_threadsafe(news.put_nowait, what),
-        with_trace=asked.trace,
-    )
+
+    def report(what: News) -> None:
+        loop.call_soon_threadsafe(news.put_nowait, what)
+
+    job, before = asker.submit(user, asked.question, report, with_trace=asked.trace)
     note(request, ask=job.id, **({"question": asked.question} if service.logs_texts else {}))
     if asked.stream is None:
         return await _whole(request, job, news)

@@ -188,9 +188,9 @@ class Asker:
             self._end(job, "failed", ApiError(500, said, code="internal_error"))
         else:
             self._keep(job, trace)
-            told = answer_told(trace, with_trace=job.with_trace)
+            told = {"event": "answer", "id": job.id, **answer_told(trace, with_trace=job.with_trace)}
             times = {"waited": round(waited, 6), "seconds": round(job.age - waited, 6)}
-            self._end(job, "answered" if trace.answer.text else "abstained", {**told, "id": job.id, **times})
+            self._end(job, "answered" if trace.answer.text else "abstained", told | times)
 
     def _tell(self, job: Job, so_far: Trace) -> None:
         self._check(job)

@@ -7,9 +7,8 @@ answered), `question`, `answer` (empty: it abstained), `passage_ids` (packed, in
 generative reader that answered from one text also `prompt`, that text, and `continuation`, the answer as it follows it,
 else null: those two are what black-box tuning learns from, through the model's API alone:
 
-    for mark in Marks(folder).of("alice"):
-        if mark.prompt is not None:
-            prompt.mark(mark.prompt, mark.continuation, is_right=mark.is_right)
+    prompt = PromptInUse(Path("users/alice/news"), engine)
+    hand_over(Marks(Path("served")).of("alice"), prompt)
 
 (`odqa.frozen.in_use`). Nothing is kept of a question that nobody marks. A user's file has a bound.
 """
@@ -18,13 +17,17 @@ import json
 import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from odqa.errors import DataError
 from odqa.serve.errors import bad
 from odqa.serve.keys import NAME
+
+if TYPE_CHECKING:
+    from odqa.frozen.in_use import PromptInUse
 
 FOLDER = "marks"
 _MOST_BYTES = 64 << 20  # our choice: of a user's file
@@ -89,6 +92,22 @@ class Marks:
     def _file(self, user: str) -> Path:
         assert NAME.fullmatch(user)
         return self.folder / f"{user}.jsonl"
+
+
+def hand_over(marks: Sequence[Mark], prompt: "PromptInUse") -> int:
+    """Give marks to a prompt in use, as examples of its next tuning; how many it did not have yet.
+
+    Left out are marks without the text that was answered from: nothing can be learned from them through an API.
+    """
+    known = {(one.text, one.answer): one.is_right for one in prompt.marks()}
+    given = 0
+    for mark in marks:
+        if mark.prompt is None or mark.continuation is None:
+            continue
+        if known.get((mark.prompt, mark.continuation)) != mark.is_right:
+            prompt.mark(mark.prompt, mark.continuation, is_right=mark.is_right)
+            given += 1
+    return given
 
 
 def _cut(handle: BinaryIO) -> int:

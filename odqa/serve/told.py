@@ -44,7 +44,7 @@ def step_told(trace: Trace, store: "PassageStore | None") -> Json:
 
 def answer_told(trace: Trace, *, with_trace: bool = False) -> Json:
     """The answer of the last pass. `with_trace`: with all that a run folder keeps of a question."""
-    told = {"event": "answer", "question": trace.query.text, **_reading(trace), "passes": trace.answer.passes}
+    told = {"question": trace.query.text, **_reading(trace), "passes": trace.answer.passes}
     if with_trace:
         told |= {"trace": trace_to_json(trace), "timings": timing_to_json(trace)["steps"]}
     return told

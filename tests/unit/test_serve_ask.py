@@ -12,8 +12,13 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from odqa.errors import DataError
+from odqa.frozen.backbone import load_backbone
+from odqa.frozen.in_use import PromptInUse
+from odqa.frozen.local import LocalEngine
 from odqa.jobs import load_pipeline
 from odqa.pipeline import Pipeline
 from odqa.read.lm import LmReader
@@ -23,7 +28,7 @@ from odqa.serve.asking import Asker, News
 from odqa.serve.errors import ApiError
 from odqa.serve.keys import Keys
 from odqa.serve.limits import Limits
-from odqa.serve.marks import Mark, Marks
+from odqa.serve.marks import Mark, Marks, hand_over
 from odqa.serve.state import Service
 from odqa.types import Answer, Hit, PackedContext, Query, TokenCosts
 from tests.asked import (
@@ -407,6 +412,17 @@ def test_bad_questions_get_one_sentence(url: str, body: dict[str, Any], status: 
     assert (response.status_code, response.json()["error"]["message"]) == (status, words)
 
 
+@given(st.text(max_size=200))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_text_is_a_question_or_a_clear_error(url: str, text: str) -> None:
+    """Control characters, other scripts, nothing but blanks: an answer, or 400 and a sentence."""
+    response = httpx.post(f"{url}/ask", json={"question": text, "stream": "lines"}, timeout=60)
+    if response.status_code == 200:
+        assert [json.loads(line)["event"] for line in response.text.split("\n")[:-1]][-1] == "answer"
+    else:
+        assert response.status_code == 400 and not text.strip() and response.json()["error"]["param"] == "question"
+
+
 def test_a_server_without_a_pipeline_says_so(service: Service, url: str) -> None:
     before, service.asker = service.asker, None
     for response in (post(url), httpx.get(f"{url}/ask"), httpx.post(f"{url}/ask/x/mark", json={"is_right": True})):
@@ -451,6 +467,20 @@ def test_a_generative_readers_mark_has_the_text_that_it_answered_from(
         reader = asker.loaded.pipeline.reader
         assert isinstance(reader, LmReader) and kept.prompt.endswith(reader.prompt.text(QUESTION)[-len(QUESTION) :])
     service.asker = before
+
+
+def test_marks_become_examples_of_a_prompt_in_use(world: World, tmp_path: Path) -> None:
+    """Those with a prompt, each once; of an answer the last mark."""
+    engine = LocalEngine(load_backbone(str(world.lm), "causal", device="cpu", dtype="float32"))
+    prompt = PromptInUse.create(tmp_path / "users/alice/news", engine, engine.embed([5, 6]))
+    marks = Marks(tmp_path)
+    marks.add("alice", MARK, is_right=False)
+    marks.add("alice", replace(MARK, ask="ask-2", prompt=None, continuation=None), is_right=True)
+    assert hand_over(marks.of("alice"), prompt) == 1 and hand_over(marks.of("alice"), prompt) == 0
+    marks.add("alice", MARK, is_right=True)
+    assert hand_over(marks.of("alice"), prompt) == 1
+    (kept,) = prompt.marks()
+    assert (kept.text, kept.answer, kept.is_right, kept.version) == ("who? Answer:", " Ann", True, 1)
 
 
 def test_nobody_marks_anothers_answer(service: Service, url: str, tmp_path: Path) -> None:
