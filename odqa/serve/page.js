@@ -133,6 +133,8 @@ function pass(no, steps, seen, before) {
       const rows = candidates.map((one) => el("li", {}, one.text || "(no answer)", " ", el("span", { class: "facts" }, one.logprob === null ? "" : Math.exp(one.logprob).toFixed(3))));
       inner.push(el("details", {}, el("summary", {}, `candidates: ${candidates.length}`), el("ol", { class: "ranking" }, rows)));
     }
+    const dismissed = reading.notes["not kept"];
+    if (dismissed) inner.push(el("p", {}, `This pass said "${dismissed.text || "(no answer)"}" and was less sure: the answer before it stands.`));
     for (const one of reading.evidence) seen.add(one.id);
   }
   inner.push(times(steps));

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from odqa.runs import answer_to_json, timing_to_json, trace_to_json
 from odqa.text import answer_spans
-from odqa.types import Answer, PackedContext, Passage, Step, Trace
+from odqa.types import Answer, Candidate, PackedContext, Passage, Step, Trace
 
 if TYPE_CHECKING:
     from odqa.corpus.store import PassageStore
@@ -81,12 +81,20 @@ def _evidence(context: PackedContext, answer: Answer, prices: Mapping[str, int])
             "tokens": prices.get(hit.passage.id),
         }
         spans = set(answer_spans(hit.passage.text, [answer.text])) if answer.text else set()
-        if first is not None and first.passage_id == hit.passage.id and first.start is not None:
-            assert first.end is not None
-            told["found"] = [first.start, first.end]
-            spans.add((first.start, first.end))
+        place = _place(first, hit.passage)
+        if place is not None:
+            told["found"] = list(place)
+            spans.add(place)
         evidence.append(told | {"marks": [list(span) for span in sorted(spans)]})
     return evidence
+
+
+def _place(found: Candidate | None, passage: Passage) -> tuple[int, int] | None:
+    """Where a candidate stands in a passage, if it was taken from it as it was packed last."""
+    if found is None or found.passage_id != passage.id or found.start is None or found.end is None:
+        return None
+    is_there = passage.text[found.start : found.end].casefold() == found.text.casefold()
+    return (found.start, found.end) if is_there else None
 
 
 def _packed(step: Step, store: "PassageStore | None") -> list[Json]:
