@@ -412,6 +412,8 @@ class _Needs:
 
     def _training(self, settings: Any) -> None:
         """Files and pipelines that a training or mining recipe names, under whatever key."""
+        if getattr(settings, "trainer", None) is not None:
+            self._extra("cma", "blackbox", "its trainer")
         for key, value in settings:
             values = value if isinstance(value, tuple) else (value,)
             for one in values:

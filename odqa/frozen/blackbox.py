@@ -366,7 +366,7 @@ class _Search:
         known = self.journal.read(turn + 1, "losses")
         if known is not None:
             return np.array(known, dtype=np.float64)
-        losses = self._timed(lambda: self.objective.losses(candidates, turn))
+        losses: Floats = self._timed(lambda: self.objective.losses(candidates, turn))
         if not np.isfinite(losses).all():
             number = int(np.flatnonzero(~np.isfinite(losses))[0])
             raise DataError(

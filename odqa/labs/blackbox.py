@@ -66,7 +66,7 @@ class World:
 
     @property
     def tasks(self) -> int:
-        return self.properties.shape[1]
+        return int(self.properties.shape[1])
 
     def formal(self, task: int) -> int:
         return self.names[f"task{task}"]
@@ -79,13 +79,15 @@ class World:
 
     def texts(self, chances: np.random.Generator, count: int, length: int | None = None) -> Ints:
         """(count, length) words."""
-        return chances.integers(self.words, size=(count, length or self.length))
+        found: Ints = chances.integers(self.words, size=(count, length or self.length))
+        return found
 
     def answers(self, texts: Ints, task: int | Ints) -> Ints:
         """(count,) 1 where most words have the task's property; lengths are odd."""
         has = self.properties[texts]  # (count, length, tasks)
         of_task = has[np.arange(len(texts)), :, task]
-        return (2 * of_task.sum(1) > texts.shape[1]).astype(np.int64)
+        found: Ints = (2 * of_task.sum(1) > texts.shape[1]).astype(np.int64)
+        return found
 
     def spell(self, ids: Sequence[int]) -> str:
         known = {number: name for name, number in self.names.items()}

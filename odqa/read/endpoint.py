@@ -198,7 +198,7 @@ class Endpoint:
                 longest = min(FIRST_PAUSE * 2 ** (tries - 1), self.longest_wait)
                 self._sleep(max(failure.wait, longest * self._chance()))
             except _Refused as refused:
-                raise ServerError(self._explain(path, body or {}, refused)) from None
+                raise ServerError(self._explain(path, body or {}, refused), refused.status) from None
 
     def _try(self, path: str, data: bytes | None) -> str:
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "odqa"}

@@ -17,11 +17,12 @@ import odqa
 from odqa.serve import ask, completions, models, operations, page
 from odqa.serve.errors import ApiError, bad, internal
 from odqa.serve.listening import ClientGone
-from odqa.serve.state import Service
+from odqa.serve.state import Service, authenticate
 
 ROUTERS = (operations.router, models.router, completions.router, ask.router, page.router)
 
 log = logging.getLogger("odqa.serve")
+_WITH_BODY = ("POST", "PUT", "PATCH")
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _WORDS = 120  # characters of what somebody sent in a message
 
@@ -118,13 +119,15 @@ class Gate:
         self._requests += 1
         try:
             self._check(scope)
+            if scope["method"] in _WITH_BODY:  # of nobody we know no body is read
+                authenticate(self.service, scope)
             body = await self._body(scope, receive)
             held = len(body)
             self._reading += held
             await self.app(scope, _once(body, receive), tell)
         except ApiError as error:
             # What is left of the body is not read: the connection cannot be used again.
-            headers = error.headers() | ({"Connection": "close"} if error.status in (408, 413, 429) else {})
+            headers = error.headers() | ({"Connection": "close"} if error.status in (401, 408, 413, 429) else {})
             await JSONResponse(error.body(), error.status, headers)(scope, receive, tell)
         except ClientGone:
             status = status or 499
@@ -152,7 +155,7 @@ class Gate:
                     403, "Without keys this server takes no requests of other sites' pages.", code="wrong_origin"
                 )
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        if scope["method"] in ("POST", "PUT", "PATCH") and kind != b"application/json":
+        if scope["method"] in _WITH_BODY and kind != b"application/json":
             raise ApiError(415, "Send JSON, with the header Content-Type: application/json.", code="wrong_content_type")
         stated = headers.get(b"content-length", b"0")
         if stated.isdigit() and int(stated[:20]) > self.service.limits.body_bytes:

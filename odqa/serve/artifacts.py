@@ -99,8 +99,10 @@ class Artifacts:
             save_file(home / _CURRENT, json.dumps(made.to_json()) + "\n")
             for folder in (home, home.parent, self.folder):
                 _sync_folder(folder)
+            # A request that waits may still mean what the name meant until now.
+            before = self._known.get((user, name), made)
             self._known[user, name] = made
-            self._clear(made)
+            self._clear(made, before)
         return made
 
     def delete(self, user: str, name: str) -> bool:
@@ -114,10 +116,11 @@ class Artifacts:
             shutil.rmtree(home)
             return True
 
-    def _clear(self, registered: Registered) -> None:
-        """Remove versions that the name means no longer; rows that are computed with one have it in memory."""
-        for path in (self.folder / registered.user / registered.name).iterdir():
-            if path.is_dir() and path.name != registered.version:
+    def _clear(self, *kept: Registered) -> None:
+        """Remove all other versions of a name; rows that are computed with one have it in memory."""
+        versions = {registered.version for registered in kept}
+        for path in (self.folder / kept[0].user / kept[0].name).iterdir():
+            if path.is_dir() and path.name not in versions:
                 shutil.rmtree(path)
 
     def _load(self, file: Path) -> Registered:

@@ -180,9 +180,9 @@ class HttpEngine:
         for number, (source, sampling) in enumerate(zip(sources, samplings, strict=True)):
             if source.deep is not None:
                 raise DataError(f"request {number}: a server takes no deep prompts. Use an engine in this process.")
-            key = (id(source.prompt) if source.prompt is not None else None, source.method, sampling)
-            if not source.text and not source.ids:
-                key = (*key, number)  # a prompt alone is a request of its own
+            is_alone = not source.text and not source.ids  # a prompt alone is a request of its own
+            of_prompt = None if source.prompt is None else id(source.prompt)
+            key = (of_prompt, source.method, sampling, number if is_alone else None)
             found.setdefault(key, _Group(source.prompt, source.method, sampling, [])).numbers.append(number)
         return list(found.values())
 
@@ -238,7 +238,7 @@ class HttpEngine:
         try:
             return endpoint.ask(path, body, careful)[0]
         except ServerError as error:
-            if ": HTTP 400" in str(error):
+            if error.status == 400:
                 raise DataError(str(error)) from error
             raise
 

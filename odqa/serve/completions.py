@@ -81,7 +81,8 @@ def _method(service: Service, user: str, model: str) -> tuple[str | None, int]:
 def _wishes(asked: CompletionRequest | ChatRequest, new: int) -> list[Wish]:
     if isinstance(asked, ChatRequest):
         top = (asked.top_logprobs or 0) if asked.logprobs else None
-        tokens, of_prompt = (), False
+        tokens: tuple[int, ...] = ()
+        of_prompt = False
     else:
         top, tokens = asked.logprobs, tuple(asked.logprob_token_ids or ())
         of_prompt = asked.echo and asked.logprobs is not None
@@ -119,9 +120,11 @@ async def _answer(request: Request, service: Service, user: str, rows: list[Row]
         note(request, prompts=[prompt.text for prompt in form.prompts])
     started = time.monotonic()
 
-    def done(tokens: int) -> None:
+    def done(written: Sequence[Written]) -> None:
         service.metrics.observe("odqa_request_seconds", time.monotonic() - started)
-        note(request, completion_tokens=tokens)
+        note(request, completion_tokens=sum(len(text.ids) for text in written))
+        if service.logs_texts:
+            note(request, texts=[text.text for text in written])
 
     ticket = service.scheduler.submit(user, rows, report)
     try:
@@ -137,9 +140,7 @@ async def _answer(request: Request, service: Service, user: str, rows: list[Row]
     except BaseException:
         ticket.cancel()
         raise
-    done(sum(len(text.ids) for text in written))
-    if service.logs_texts:
-        note(request, texts=[text.text for text in written])
+    done(written)
     return JSONResponse(form.whole(written))
 
 
@@ -157,10 +158,15 @@ async def _all(request: Request, news: "asyncio.Queue[News]", count: int) -> lis
 
 
 async def _events(
-    form: "_Form", ticket: Ticket, news: AsyncIterator[News], first: News, count: int, done: Callable[[int], None]
+    form: "_Form",
+    ticket: Ticket,
+    news: AsyncIterator[News],
+    first: News,
+    count: int,
+    done: Callable[[Sequence[Written]], None],
 ) -> AsyncIterator[str]:
-    """Server-sent events, as the texts grow. `done` is told how many tokens were written by the end, whatever it is."""
-    left, tokens = count, 0
+    """Server-sent events, as the texts grow. `done` is given the texts that were finished by the end."""
+    written: list[Written] = []
     number, what = first
     try:
         for chunk in form.beginning(count):
@@ -171,21 +177,21 @@ async def _events(
                 yield _event(error.body())
                 return
             if isinstance(what, Written):
-                left, tokens = left - 1, tokens + len(what.ids)
+                written.append(what)
             for chunk in form.chunks(number, what):
                 yield _event(chunk)
-            if not left:
+            if len(written) == count:
                 break
             number, what = await anext(news)
         options = form.asked.stream_options
         if options is not None and options.include_usage:
-            yield _event(form.envelope([]) | {"usage": form.usage(tokens)})
+            yield _event(form.envelope([]) | {"usage": form.usage(sum(len(text.ids) for text in written))})
         yield "data: [DONE]\n\n"
     except ClientGone:
         return
     finally:
         ticket.cancel()
-        done(tokens)
+        done(written)
 
 
 def _event(value: Json) -> str:

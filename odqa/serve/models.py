@@ -4,8 +4,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
-from dataclasses import asdict, replace
-from functools import lru_cache
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import torch
@@ -13,7 +12,6 @@ from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse
 
 from odqa.errors import OdqaError
-from odqa.frozen.local import LocalEngine
 from odqa.frozen.mixture import MIXABLE
 from odqa.frozen.steps import Text, make_steps
 from odqa.serve.artifacts import Registered
@@ -111,15 +109,8 @@ def _model_card(service: Service) -> Json:
         "created": int(service.started),
         "owned_by": "odqa",
         "max_model_len": service.window,
-        "odqa": dict(_facts(service)),
+        "odqa": asdict(service.facts),
     }
-
-
-@lru_cache(maxsize=4)
-def _facts(service: Service) -> tuple[tuple[str, Any], ...]:
-    """What one who tunes a prompt has to know; as `odqa.frozen.engine.Facts` names it."""
-    facts = LocalEngine(service.backbone).facts
-    return tuple(asdict(replace(facts, model=service.name, takes_deep=False)).items())
 
 
 def _artifact_card(service: Service, registered: Registered) -> Json:
@@ -175,7 +166,7 @@ def _tensors(service: Service, text: str) -> dict[str, torch.Tensor]:
             raise bad(
                 f"tensors are {len(raw):,} bytes; this server keeps {service.limits.artifact_bytes:,}.", "tensors"
             )
-        tensors = load(raw)
+        tensors: dict[str, torch.Tensor] = load(raw)
     except (binascii.Error, SafetensorError, ValueError, KeyError, RuntimeError, OverflowError, AttributeError):
         raise bad("tensors are not base64 of safetensors.", "tensors") from None
     is_plain = all(tensor.is_floating_point() and tensor.dtype.itemsize >= 2 for tensor in tensors.values())

@@ -36,6 +36,7 @@ from odqa.serve.writing import Piece, Report, Tokens, Wish, Writer, Written
 
 T = TypeVar("T")
 log = logging.getLogger("odqa.serve")
+_LOOK = 0.05  # seconds; thousands may wait
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,6 +87,7 @@ class _Item:
     ticket: Ticket
     number: int
     writer: Writer
+    has_ended: bool = False
 
     @property
     def row(self) -> Row:
@@ -109,6 +111,7 @@ class Scheduler:
         self._running: list[_Item] = []
         self._waiting: OrderedDict[str, deque[_Item]] = OrderedDict()  # by user, who waits longest first
         self._waiting_rows = self._waiting_bytes = 0
+        self._looked = 0.0  # when the waiting were last asked whether they still wait
         self._open = 0  # rows handed in that have not ended, wherever they are
         self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._changed = threading.Condition()
@@ -217,33 +220,36 @@ class Scheduler:
         except Exception:  # a defect, or memory: those who were computed cannot go on, the others can
             log.exception("step failed", extra={"event": "step_failed"})
             error = ApiError(500, "The engine failed; the text was lost. Ask again.", code="engine_failed")
-            self._fail([*self._running, *(item for item in joining if item not in self._running)], error, "failed")
+            self._fail([*self._running, *joining], error, "failed")
             self._running = []
             self._steps = make_steps(self.bank.backbone)
 
     def _drop(self) -> None:
         """Rows that nobody waits for any more, or that took too long, wherever they are."""
         now = time.monotonic()
+        gone: list[_Item] = []
 
-        def is_over(item: _Item) -> bool:
-            return item.ticket.is_cancelled or item.ticket.deadline < now
+        def stays(item: _Item) -> bool:
+            """Asked once a row: a client may leave between two questions."""
+            if item.ticket.is_cancelled or item.ticket.deadline < now:
+                gone.append(item)
+                return False
+            return True
 
-        gone = [item for item in self._running if is_over(item)]
-        if gone:
-            self._keep([place for place, item in enumerate(self._running) if not is_over(item)])
-        with self._changed:
-            for user in list(self._waiting):
-                queue = self._waiting[user]
-                if any(is_over(item) for item in queue):
-                    gone += [item for item in queue if is_over(item)]
-                    self._take_out([item for item in queue if is_over(item)])
-                    self._waiting[user] = deque(item for item in queue if not is_over(item))
-                if not self._waiting[user]:
-                    del self._waiting[user]
-        self._fail([item for item in gone if item.ticket.is_cancelled], None, "cancelled")
-        late = [item for item in gone if not item.ticket.is_cancelled]
-        for item in late:
-            self._fail([item], too_late(item.ticket.seconds), "timeout")
+        places = [place for place, item in enumerate(self._running) if stays(item)]
+        if len(places) < len(self._running):
+            self._keep(places)
+        if now > self._looked + _LOOK:
+            self._looked, running = now, len(gone)
+            with self._changed:
+                queues = [(user, deque(item for item in queue if stays(item))) for user, queue in self._waiting.items()]
+                self._waiting = OrderedDict((user, queue) for user, queue in queues if queue)
+                self._take_out(gone[running:])
+        for item in gone:
+            is_left = item.ticket.is_cancelled
+            self._fail(
+                [item], None if is_left else too_late(item.ticket.seconds), "cancelled" if is_left else "timeout"
+            )
 
     def _next_rows(self) -> list[_Item]:
         """Those who may come in now."""
@@ -318,6 +324,7 @@ class Scheduler:
 
     def _write(self, items: Sequence[_Item], logits: Sequence[torch.Tensor] | torch.Tensor, first: int) -> None:
         """Choose the next token of rows that stand from place `first` on, report, and let go of those that ended."""
+        self.metrics.count("odqa_completion_tokens_total", sum(item.row.wish.max_tokens > 0 for item in items))
         stacked = logits if isinstance(logits, torch.Tensor) else torch.stack(list(logits))
         likeliest = stacked.argmax(-1).tolist()
         ended = set()
@@ -331,11 +338,10 @@ class Scheduler:
             if isinstance(found, Written):
                 ended.add(place)
                 self.metrics.count("odqa_rows_total", end=found.finish)
-                self.metrics.count("odqa_completion_tokens_total", len(found.ids))
             if found is not None:
                 _tell(item, found)
             if isinstance(found, Written):
-                self._end(1)
+                self._end(item)
         if ended:
             self._keep([place for place in range(len(self._running)) if place not in ended])
 
@@ -346,14 +352,17 @@ class Scheduler:
     def _fail(self, items: Sequence[_Item], error: Exception | None, end: str) -> None:
         """Report why rows have no text; None: nobody is there to be told."""
         for item in items:
+            if item.has_ended:
+                continue
             self.metrics.count("odqa_rows_total", end=end)
             if error is not None:
                 _tell(item, error)
-        self._end(len(items))
+            self._end(item)
 
-    def _end(self, count: int) -> None:
+    def _end(self, item: _Item) -> None:
+        item.has_ended = True
         with self._changed:
-            self._open -= count
+            self._open -= 1
 
 
 def _tell(item: _Item, news: "Piece | Written | Exception") -> None:

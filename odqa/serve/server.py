@@ -19,7 +19,6 @@ import uvicorn
 
 from odqa.errors import DataError
 from odqa.frozen.bank import Bank
-from odqa.frozen.local import LocalEngine
 from odqa.read.lm import load_lm
 from odqa.serve.app import create_app
 from odqa.serve.artifacts import Artifacts
@@ -58,7 +57,6 @@ def load_service(
     name = name or Path(model.removeprefix("embedded:")).name
     if not name or set(name) & set(":/") or not name.isprintable():
         raise DataError(f"--name {name!r}: a model's name has no colon and no slash.")
-    LocalEngine(backbone)  # refuses what writes no text
     artifacts, metrics = Artifacts(folder), Metrics()
     scheduler = Scheduler(Bank(backbone, artifacts.folder), limits, metrics)
     return Service(

@@ -6,13 +6,16 @@ and then the server only answers this machine (see `odqa.serve.server`) and page
 
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from fastapi import Request
 
 from odqa.frozen.backbone import Backbone
 from odqa.frozen.bank import Bank
+from odqa.frozen.engine import Facts
+from odqa.frozen.local import LocalEngine
 from odqa.serve.artifacts import Artifacts, Registered
 from odqa.serve.asking import Asker
 from odqa.serve.encoder import Encoder
@@ -42,9 +45,13 @@ class Service:
     started: float = field(default_factory=time.time)
     rates: "Rates" = field(init=False)
     encoder: Encoder = field(init=False)
+    facts: Facts = field(init=False)
+    """What one who tunes a prompt has to know."""
 
     def __post_init__(self) -> None:
         self.rates = Rates(self.limits.requests_a_minute)
+        own = LocalEngine(self.backbone).facts
+        self.facts = replace(own, model=self.name, takes_deep=False)  # deep prompts have no form in the protocol
         self.encoder = Encoder(self.name, self.backbone, self.chat_template)
 
     @property
@@ -112,18 +119,25 @@ def service_of(request: Request) -> Service:
 
 async def user_of(request: Request) -> str:
     """Who asks. Raises ApiError: 401 without a valid key, 429 for too many requests."""
-    service = service_of(request)
-    user = LOCAL
-    if service.keys.are_needed:
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        found = service.keys.user_of(key.strip()) if scheme.lower() == "bearer" and key.strip() else None
-        if found is None:
-            said = "This server needs a key: send Authorization: Bearer KEY. Who runs it makes one with odqa serve-key."
-            raise ApiError(401, said, code="invalid_api_key")
-        user = found
-    request.scope["odqa"]["user"] = user
-    service.rates.take(user)
-    return user
+    return authenticate(service_of(request), request.scope)
+
+
+def authenticate(service: Service, scope: MutableMapping[str, Any]) -> str:
+    """Who asks, by the headers of a request; once a request. Raises ApiError as `user_of` does."""
+    facts = scope["odqa"]
+    if "user" not in facts:
+        user = LOCAL
+        if service.keys.are_needed:
+            given = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+            scheme, _, key = given.partition(" ")
+            found = service.keys.user_of(key.strip()) if scheme.lower() == "bearer" and key.strip() else None
+            if found is None:
+                said = "This server needs a key: send Authorization: Bearer KEY (who runs it: odqa serve-key USER)."
+                raise ApiError(401, said, code="invalid_api_key")
+            user = found
+        facts["user"] = user
+        service.rates.take(user)
+    return str(facts["user"])
 
 
 def note(request: Request, **facts: Any) -> None:

@@ -106,7 +106,7 @@ def _load_safetensors(raw: bytes) -> "torch.Tensor":
     from safetensors.torch import load
 
     try:
-        tensors = load(raw)
+        tensors: dict[str, torch.Tensor] = load(raw)
     except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError, TypeError, AttributeError) as error:
         raise ValueError(f"neither torch.save's zip format nor safetensors ({_line(error)}).") from None
     if len(tensors) != 1:

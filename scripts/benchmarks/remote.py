@@ -18,8 +18,8 @@ VERBALISERS = (" he", " it")  # of "who" and "what"; any two tokens would do, a 
 
 def remote(
     model: Annotated[str, typer.Option(help="The model that is served, a causal one.")] = "artifacts/odqa-mini-d1",
-    calls: Annotated[int, typer.Option(min=20, help="The budget: forward passes of the training set.")] = 400,
-    population: Annotated[int, typer.Option(min=2, help="Prompts of a generation.")] = 20,
+    calls: Annotated[int, typer.Option(min=20, help="The budget: forward passes of the training set.")] = 240,
+    population: Annotated[int, typer.Option(min=2, help="Prompts of a generation.")] = 12,
     length: Annotated[int, typer.Option(min=1, help="Vectors of the prompt.")] = 10,
     dimensions: Annotated[int, typer.Option(min=2, help="Of z.")] = 50,
     threads: Annotated[int, typer.Option(min=1, help="Threads of an operation, in process and in the server.")] = 1,
@@ -47,11 +47,14 @@ def remote(
         spent = http.spent()
     first, second = found.values()
     difference = float(abs(first["prompt"] - second["prompt"]).max())
+    losses = [abs(one - other) for one, other in zip(first["losses"], second["losses"], strict=True)]
     result = {
         "what": "one search for a soft prompt, twice; wall seconds on a busy machine, one after the other",
         "model": Path(model).name,
         "settings": {"calls": calls, "population": population, "dimensions": dimensions, "length": length},
+        "largest_entry_of_the_prompt": float(abs(first["prompt"]).max()),
         "largest_difference_of_the_prompts": difference,
+        "largest_difference_of_the_training_losses": max(losses),
         "arms": {label: {key: value for key, value in arm.items() if key != "prompt"} for label, arm in found.items()},
         "over_http": {
             "requests": spent["requests"],
@@ -84,6 +87,7 @@ def tune(engine: Any, length: int, settings: Any) -> dict[str, Any]:
         "examples": [len(train), len(tuned)],
         "calls": best.calls,
         "tune_calls": best.tune_calls,
+        "losses": [entry["loss"] for entry in best.curve if "loss" in entry],
         "seconds": round(time.perf_counter() - started, 1),
         "prompt": best.best.words,
     }

@@ -24,7 +24,7 @@ import typer
 
 from benchmarks.common import RESULTS, ROOT, save_result
 
-WARM = 4.0  # seconds of load before tokens are counted
+WARM = 3.0  # seconds of load before tokens are counted
 NAMES = ("short", "long")  # of the registered artifacts
 Json = dict[str, Any]
 
@@ -34,7 +34,8 @@ class Load:
     """What clients saw."""
 
     seconds: float = 0.0
-    tokens: int = 0
+    tokens: float = 0
+    rows_a_step: float = 0.0
     latencies: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     wrong: list[Json] = field(default_factory=list)
@@ -93,7 +94,7 @@ def serve(
             "threads": threads,
             "different_requests": len(asked),
             "load": main.to_json(),
-            "rows_a_step": rows_a_step(batched.url),
+            "rows_a_step": main.rows_a_step,
             "peak_memory_bytes": peak_memory(batched.process.pid),
             "turns": {label: [one.to_json() for one in found] for label, found in turns.items()},
             "batched_over_one_at_a_time": {
@@ -171,11 +172,11 @@ def register(url: str, model: str) -> None:
         post(url, {"prompt_embeds": held}, f"/v1/artifacts/{name}", "PUT")
 
 
-def rows_a_step(url: str) -> float:
-    """Mean texts in a decoding step since the server's start."""
+def metrics(url: str) -> dict[str, float]:
+    """The server's own numbers."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as reply:
-        values = dict(line.rsplit(" ", 1) for line in reply.read().decode().splitlines() if not line.startswith("#"))
-    return round(float(values["odqa_step_rows_sum"]) / float(values["odqa_step_rows_count"]), 1)
+        lines = [line for line in reply.read().decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
 def peak_memory(pid: int) -> int | None:
@@ -212,12 +213,11 @@ def say(reply: Json) -> str:
 async def load(url: str, asked: list[Json], alone: list[str], clients: int, seconds: float) -> Load:
     """Clients that ask one request after the other until the time is over; all that was begun is finished.
 
-    Tokens are those of answers that came within the time, once all clients had been there for a while.
+    Tokens are those that the server wrote within the time, once all clients had been there for a while.
     """
     found = Load()
     began = time.monotonic()
     started = began + WARM
-    counted: list[tuple[float, int]] = []
 
     async def client(number: int) -> None:
         chance = random.Random(number)
@@ -235,17 +235,25 @@ async def load(url: str, asked: list[Json], alone: list[str], clients: int, seco
                 found.errors.append(f"{status} {json.dumps(reply)[:300]}")
                 continue
             found.latencies.append(time.monotonic() - before)
-            counted.append((time.monotonic(), int(reply["usage"]["completion_tokens"])))
             if say(reply) != alone[which]:
                 found.wrong.append(
                     {"asked": asked[which], "alone": json.loads(alone[which]), "got": json.loads(say(reply))}
                 )
         await connection.close()
 
-    await asyncio.gather(*(client(number) for number in range(clients)))
-    end = started + seconds  # what comes later comes to fewer and fewer clients
-    found.seconds = seconds
-    found.tokens = sum(tokens for when, tokens in counted if started <= when <= end)
+    async def watch() -> None:
+        await asyncio.sleep(WARM)
+        before, since = await asyncio.to_thread(metrics, url), time.monotonic()
+        await asyncio.sleep(seconds)
+        after = await asyncio.to_thread(metrics, url)
+        found.seconds = time.monotonic() - since
+        wrote, steps, rows = (
+            after[f"odqa_{name}"] - before[f"odqa_{name}"]
+            for name in ("completion_tokens_total", "step_rows_count", "step_rows_sum")
+        )
+        found.tokens, found.rows_a_step = wrote, round(rows / steps, 1)
+
+    await asyncio.gather(watch(), *(client(number) for number in range(clients)))
     return found
 
 

@@ -7,10 +7,9 @@ import itertools
 import json
 import socket
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,19 +17,28 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from odqa.serve.limits import Limits
 from tests.hostile import Attack, attacks
-from tests.served import Process, serving
+from tests.served import listening, service_of, serving
 from tests.tiny_models import tiny_llama
 
 OPTIONS = ("--requests-a-minute", "0", "--body-bytes", "1000000", "--body-seconds", "1", "--new-tokens", "64")
+LIMITS = Limits(requests_a_minute=0, body_bytes=1_000_000, body_seconds=1.0, new_tokens=64)
 GROWTH = 400 << 20  # our choice: a leak of 100 kB a request would show; torch and its buffers take some of it
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hostile")
-    with serving(tiny_llama(root / "llama", chat=True), root / "served", *OPTIONS) as made:
-        yield made
+    tiny_llama(root / "llama", chat=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def url(root: Path) -> Iterator[str]:
+    """A server in this process."""
+    with service_of(root / "llama", root / "served", LIMITS) as service, listening(service) as address:
+        yield address
 
 
 def check(reply: httpx.Response, what: object) -> None:
@@ -42,9 +50,9 @@ def check(reply: httpx.Response, what: object) -> None:
         assert error["message"] and "\n" not in error["message"] and len(error["message"]) < 600, what
 
 
-def send(server: Process, many: list[Attack]) -> Counter[int]:
+def send(url: str, many: list[Attack]) -> Counter[int]:
     found: Counter[int] = Counter()
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with httpx.Client(base_url=url, timeout=60) as client:
         for attack in many:
             request = client.build_request(attack.method, "/", content=attack.body, headers=attack.headers)
             request.url = request.url.copy_with(raw_path=attack.path.encode())
@@ -54,24 +62,23 @@ def send(server: Process, many: list[Attack]) -> Counter[int]:
     return found
 
 
-def check_alive(server: Process) -> None:
+def check_alive(url: str) -> None:
     asked = {"model": "llama", "prompt": "where is the river", "max_tokens": 4, "temperature": 0}
-    assert httpx.post(f"{server.url}/v1/completions", json=asked).status_code == 200
-    assert server.process.poll() is None
-    failed = [line for line in server.log if line["event"] in ("failed", "step_failed") or "error" in line]
-    assert not failed, failed[:1]
-    assert not list((server.log_file.parent.parent).glob("etc")) and not (server.log_file.parent / "keys.json").exists()
+    assert httpx.post(f"{url}/v1/completions", json=asked).status_code == 200
 
 
-def test_hostile_requests_are_answered(server: Process) -> None:
-    found = send(server, list(itertools.islice(attacks(0), 300)))
-    assert found[400] > 100 and found[200] > 5 and found[415] > 5 and found[404] > 5, "of all kinds"
-    check_alive(server)
+def test_hostile_requests_are_answered(url: str, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = send(url, list(itertools.islice(attacks(0), 200)))
+    assert found[400] > 60 and found[200] > 3 and found[415] > 3 and found[404] > 3, "of all kinds"
+    check_alive(url)
+    assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]
+    assert {path.name for path in root.iterdir()} == {"llama", "served"}
+    assert {path.name for path in (root / "served").iterdir()} == {"artifacts"}, "no file anywhere else"
 
 
-def test_broken_http_is_survived(server: Process) -> None:
+def test_broken_http_is_survived(url: str) -> None:
     """What no library sends: broken lines, lengths that lie, two lengths, a header without end, silence."""
-    place = urlsplit(server.url)
+    place = urlsplit(url)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     pieces = [
         b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
@@ -90,67 +97,66 @@ def test_broken_http_is_survived(server: Process) -> None:
         except OSError:
             pass  # hung up on: as good an answer
         silent.append(connection)
-    check_alive(server)
+    check_alive(url)
     for connection in silent:
         connection.close()
 
 
 @pytest.mark.slow
-def test_ten_thousand_hostile_requests(server: Process, tmp_path: Path) -> None:
-    send(server, list(itertools.islice(attacks(1), 500)))
-    before = server.memory
-    found: Counter[int] = Counter()
-    parts = [list(itertools.islice(attacks(seed), 1750)) for seed in range(2, 6)]
-    results: list[Any] = []
-
-    def attack(part: list[Attack]) -> None:
-        try:
-            results.append(send(server, part))
-        except BaseException as error:
-            results.append(error)
-
-    threads = [threading.Thread(target=attack, args=(part,)) for part in parts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-        found += result
-    count = schemathesis_requests(server, 3000)
-    assert sum(found.values()) + count >= 10_000
-    check_alive(server)
-    time.sleep(0.5)
-    growth = server.memory - before
-    sys.stdout.write(json.dumps({"statuses": dict(found), "schemathesis": count, "growth_bytes": growth}) + "\n")  # -s
+def test_ten_thousand_hostile_requests(root: Path) -> None:
+    with serving(root / "llama", root / "process", *OPTIONS) as server:
+        send(server.url, list(itertools.islice(attacks(1), 500)))
+        before = server.memory
+        found: Counter[int] = Counter()
+        with ThreadPoolExecutor(4) as pool:
+            for part in pool.map(
+                lambda seed: send(server.url, list(itertools.islice(attacks(seed), 1750))), range(2, 6)
+            ):
+                found += part
+        count = schemathesis_requests(server.url, 3000)
+        assert sum(found.values()) + count >= 10_000
+        check_alive(server.url)
+        failed = [line for line in server.log if line["event"] in ("failed", "step_failed", "report_failed")]
+        assert not failed, failed[:1]
+        growth = server.memory - before
+    facts = {"statuses": dict(found), "schemathesis": count, "growth_bytes": growth}
+    sys.stdout.write(json.dumps(facts) + "\n")  # seen with -s
     assert growth < GROWTH
 
 
-def schemathesis_requests(server: Process, count: int) -> int:
-    """So many requests made from the OpenAPI description, half of them against it."""
+def schemathesis_requests(url: str, count: int) -> int:
+    """So many requests made from the OpenAPI description, half of them against it; how many were sent."""
     import hypothesis
     import schemathesis
     from schemathesis import GenerationMode
 
-    schema = schemathesis.openapi.from_dict(httpx.get(f"{server.url}/openapi.json").json())
+    schema = schemathesis.openapi.from_dict(httpx.get(f"{url}/openapi.json").json())
     operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) >= 10
-    sent = 0
-    for operation in operations:
-        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
-            share = count // (2 * len(operations)) + 1
+    kinds = list(itertools.product(operations, (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)))
+    share, sent = count // len(kinds), 0
+    for seed in itertools.count():
+        for operation, mode in list(kinds):
 
+            @hypothesis.seed(seed)
             @hypothesis.settings(
-                max_examples=share, deadline=None, database=None, derandomize=True,
+                max_examples=share,
+                deadline=None,
+                database=None,
+                phases=[hypothesis.Phase.generate],
                 suppress_health_check=list(hypothesis.HealthCheck),
-            )  # fmt: skip
+            )
             @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
             def ask(case: Any) -> None:
                 nonlocal sent
                 sent += 1
-                reply = case.call(base_url=server.url, timeout=60)
+                reply = case.call(base_url=url, timeout=60)
                 assert reply.status_code != 500 and "Traceback" not in reply.text, case.as_curl_command()
 
-            ask()
-    return sent
+            try:
+                ask()
+            except hypothesis.errors.Unsatisfiable:  # nothing can be wrong where nothing is sent
+                kinds.remove((operation, mode))
+            if sent >= count:
+                return sent
+    raise AssertionError

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -131,12 +132,16 @@ def test_a_polite_stop_finishes_what_runs(llama: Path, tmp_path: Path) -> None:
         assert server.log[-1]["event"] == "stopped"
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{server.url}/healthz")
+
+
+@pytest.mark.slow
+def test_a_stop_without_grace_answers_the_rest_with_an_error(llama: Path, tmp_path: Path) -> None:
     with serving(llama, tmp_path, "--requests-a-minute", "0", "--grace", "0") as server:
         clients = Clients(server.url, 4)
         time.sleep(0.3)
         assert server.stop() == 0
         clients.wait()
-        assert len(set(clients.whole)) == 1 and clients.broken + clients.refused == 4
+        assert len(set(clients.whole)) <= 1 and clients.broken + clients.refused == 4
 
 
 # --- the guide --------------------------------------------------------------------------------------------------------
@@ -178,3 +183,9 @@ def test_a_key_is_made_on_the_command_line(tmp_path: Path) -> None:
     assert odqa("serve-key", "alice", "--folder", str(tmp_path / "served"), "--revoke").out == "1 revoked\n"
     wrong = odqa("serve-key", "Al", "--folder", str(tmp_path / "served"))
     assert wrong.code == 2 and wrong.err.count("\n") == 1
+
+
+def test_without_the_web_framework_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    done = odqa("serve", "embedded:odqa-mini-d1")
+    assert done.code == 2 and "pip install 'odqa[serve]'" in done.err and done.err.count("\n") == 1

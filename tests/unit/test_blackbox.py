@@ -158,6 +158,13 @@ def test_one_generation_is_one_batched_request(engine: LocalEngine) -> None:
     # One for the verbalisers, three generations, tune at the start and at the end.
     assert metered.use.batches == 1 + 3 + 2
     assert metered.use.requests == 2 + 3 * 8 * 6 + (1 + 2) * 4
+    # Up: the verbalisers' letters; per row its text and per call the two tokens; per prompt 3 vectors of 32 float32.
+    letters = sum(len(str(one.source.text)) for one in task.train)
+    tuned = sum(len(str(one.source.text)) for one in task.tune)
+    up = len(" the of") + 24 * (letters + 3 * 32 * 4) + 3 * (tuned + 3 * 32 * 4) + 5 * 2 * 4
+    assert metered.use.bytes_up == up
+    # Down: the verbalisers' tokens, and two log-probabilities a row.
+    assert metered.use.bytes_down == 2 * 4 + (24 * 6 + 3 * 4) * 2 * 4
 
 
 def test_bbtv2_adds_to_each_layer_in_turn(engine: LocalEngine) -> None:

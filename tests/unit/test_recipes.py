@@ -478,6 +478,7 @@ def _keywords(constructor: Any) -> dict[str, Any]:
 
 def _pairs() -> dict[str, tuple[type[config.Settings], Any, set[str]]]:
     """Settings, what they are given to, and the settings that the builder uses up or turns into something else."""
+    from odqa.frozen.blackbox import SearchSettings
     from odqa.frozen.fit import FitSettings
     from odqa.pack import GreedyPacker
     from odqa.read.api import ApiReader
@@ -519,6 +520,7 @@ def _pairs() -> dict[str, tuple[type[config.Settings], Any, set[str]]]:
             set(config.ApiReaderSettings.model_fields) - patience,
         ),
         "fit": (config.FitRecipe, FitSettings, {"steps", "learning_rates"}),
+        "blackbox": (config.BlackboxTrainer, SearchSettings, set()),
         "groups": (config.GroupRecipe, GroupSettings, {"source_weights"}),
         "contrast": (config.ContrastRecipe, BatchSettings, {"source_weights"}),
     }

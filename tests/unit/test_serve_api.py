@@ -249,7 +249,9 @@ def test_a_registered_prompt_is_a_model(url: str, client: openai.OpenAI, engine:
         client.completions.create(model="llama:news", prompt=TEXT, max_tokens=8, temperature=0).choices[0].text
         == expected.text
     )
-    assert len(list((service.artifacts.folder / "local/news").iterdir())) == 2, "the old version is gone"
+    again = httpx.put(f"{url}/v1/artifacts/news", json={"prompt_embeds": encode_vectors(prompt * 2)})
+    kept = [path.name for path in (service.artifacts.folder / "local/news").iterdir() if path.is_dir()]
+    assert sorted(kept) == sorted([put.json()["version"], again.json()["version"]]), "the first version is gone"
     assert httpx.delete(f"{url}/v1/artifacts/news").json() == {"name": "news", "deleted": True}
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="llama:news", prompt=TEXT)
@@ -296,6 +298,9 @@ def test_no_user_reads_overwrites_or_names_anothers_artifact(root: Path, service
         for key in (None, "odqa-guess", bob[:-1]):
             refused = ask(key, "GET", "/v1/models")
             assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
+        for content in (b"{", b" " * 200_000):  # nobody's body is read
+            headers = {"Content-Type": "application/json"}
+            assert httpx.post(f"{address}/v1/completions", content=content, headers=headers).status_code == 401
         assert ask(None, "GET", "/healthz").status_code == 200 and ask(None, "GET", "/metrics").status_code == 401
         of_alice, of_bob = ({"prompt_embeds": encode_vectors(torch.full((2, 32), value))} for value in (0.5, -0.5))
         assert ask(alice, "PUT", "/v1/artifacts/news", of_alice).status_code == 201
