@@ -57,7 +57,7 @@ from odqa.types import Gold, Hit, Query, Trace
 
 if TYPE_CHECKING:
     from odqa.corpus.dump import DumpPassages
-    from odqa.pipeline import Pipeline
+    from odqa.pipeline import Pipeline, Watch
     from odqa.report.content import LookUp, Section, Source
     from odqa.retrieve.dense import EncoderSettings
     from odqa.retrieve.given import GivenVectors, IndexVectors
@@ -309,11 +309,11 @@ class Loaded:
         """What the re-ranker's model or scores are, by content; a list for a cascade, None without a re-ranker."""
         return _reranker_identity(self.settings.reranker, self.places)
 
-    def ask(self, question: str) -> Trace:
-        """Answer one question. Raises DataError for an empty one."""
+    def ask(self, question: str, watch: "Watch | None" = None) -> Trace:
+        """Answer one question; `watch` gets each step as it ends. Raises DataError for an empty one."""
         if not question.strip():
             raise DataError("the question is empty. Ask something.")
-        return self.pipeline.answer([Query("question", question)])[0]
+        return self.pipeline.answer([Query("question", question)], watch)[0]
 
 
 def load_pipeline(

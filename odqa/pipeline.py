@@ -15,6 +15,11 @@ Fuse = Callable[[Sequence[Sequence[Hit]]], list[Hit]]
 """The hits of all passes of one question, the first pass first, as one list, best first."""
 Keep = Callable[[Answer, Answer], Answer]
 """Of the answers of two passes the one that stands."""
+Watch = Callable[[Trace], None]
+"""Gets a query's trace so far after each step; the last step is the one that has just ended.
+
+After a reading its answer and context are there too. What it raises ends the call of `answer`, between two stages.
+"""
 
 
 @dataclass(slots=True)
@@ -43,11 +48,11 @@ class Pipeline:
     first_retriever: Retriever | None = None
     first_reranker: Reranker | None = None
 
-    def answer(self, queries: Sequence[Query]) -> list[Trace]:
+    def answer(self, queries: Sequence[Query], watch: Watch | None = None) -> list[Trace]:
         """One trace a query, in order. All queries go through each stage together; see `batches` for long lists."""
         if not queries:
             return []
-        records = [_Record(query) for query in queries]
+        records = [_Record(query, watch) for query in queries]
         self._retrieve_and_read(records, list(queries), 1)
         running = records
         for pass_no in range(2, self.max_passes + 1):
@@ -83,7 +88,7 @@ class Pipeline:
                 decided = [(found, {}) for found in recursion.again(contexts, answers, pass_no)]
         for record, (found, why) in zip(records, decided, strict=True):
             notes = {**_decision(found), **why}
-            record.steps.append(Step("recurse", pass_no, clock.seconds / len(records), len(records), notes=notes))
+            record.add(Step("recurse", pass_no, clock.seconds / len(records), len(records), notes=notes))
         return [found for found, _ in decided]
 
     def _retrieve_and_read(self, records: list["_Record"], searched: list[Query], pass_no: int) -> None:
@@ -112,7 +117,7 @@ class Pipeline:
         share = clock.seconds / len(records)
         for record, context, query in zip(records, contexts, queries, strict=True):
             costs = self.reader.costs(query, context.hits)
-            record.steps.append(
+            record.add(
                 Step(
                     "pack",
                     pass_no,
@@ -155,8 +160,8 @@ class Pipeline:
 class _Record:
     """What becomes a query's trace."""
 
-    def __init__(self, query: Query) -> None:
-        self.query = query
+    def __init__(self, query: Query, watch: Watch | None = None) -> None:
+        self.query, self.watch = query, watch
         self.steps: list[Step] = []
         self.answers: list[Answer] = []
         self.contexts: list[PackedContext] = []
@@ -173,7 +178,12 @@ class _Record:
             step = replace(step, notes={**step.notes, "not kept": dismissed})
         self.contexts.append(context)
         self.answers.append(replace(stands, passes=step.pass_no))
+        self.add(step)
+
+    def add(self, step: Step) -> None:
         self.steps.append(step)
+        if self.watch is not None:
+            self.watch(self.trace())
 
     def trace(self) -> Trace:
         return Trace(self.query, tuple(self.steps), tuple(self.answers), tuple(self.contexts))
@@ -202,7 +212,7 @@ def _note(records: list[_Record], stage: str, pass_no: int, clock: _Clock, hits:
         ids, scores = tuple(hit.passage.id for hit in found), tuple(hit.score for hit in found)
         sources = tuple(hit.source for hit in found)
         share = clock.seconds / len(records)
-        record.steps.append(Step(stage, pass_no, share, len(records), ids, scores, sources=sources))
+        record.add(Step(stage, pass_no, share, len(records), ids, scores, sources=sources))
 
 
 def _decision(found: Next) -> dict[str, object]:

@@ -319,10 +319,14 @@ class LmReader:
 
     def encode_answer(self, answer: str) -> list[int]:
         """The token ids that a prompt should be continued with to give this answer, the end of the text included."""
-        after_words = self.prompt.chat is None and self.prompt.template.answer and not self._suffix
-        text = f" {answer}" if after_words else answer
+        text = self.continuation(answer)
         ids = self.backbone.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return [*ids["input_ids"], min(self._ends)] if self._ends else list(ids["input_ids"])
+
+    def continuation(self, answer: str) -> str:
+        """An answer as it follows the prompt: with a blank before it where the prompt ends in words."""
+        after_words = self.prompt.chat is None and self.prompt.template.answer and not self._suffix
+        return f" {answer}" if after_words else answer
 
     def describe(self) -> dict[str, object]:
         """Everything that decides an answer besides the weights, as JSON values."""

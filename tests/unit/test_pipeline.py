@@ -126,6 +126,35 @@ def test_closed_book_is_the_pipeline_without_a_retriever() -> None:
     assert trace.contexts[0].hits == () and trace.answer.text == ""
 
 
+def test_who_watches_gets_each_step_as_it_ends() -> None:
+    """Both passes, with the answer and the context of a reading; and the traces are those of nobody watching."""
+    again = Script({2: {"q1": Query("q1", "more words")}})
+    seen: list[Trace] = []
+    made = Pipeline(SayIds(), PackTwo(), WordRetriever(), recursion=again, max_passes=2)  # type: ignore[arg-type]
+    traces = made.answer(QUERIES[:2], seen.append)
+    first = [found for found in seen if found.query.id == "q1"]
+    assert [len(found.steps) for found in first] == list(range(1, len(traces[0].steps) + 1))
+    assert [[a.text for a in found.answers] for found in first if found.steps[-1].stage == "read"] == [
+        ["p-first"],
+        ["p-first", "p-more p-words"],
+    ]
+    assert first[-1] == traces[0] and [f for f in seen if f.query.id == "q2"][-1].answers == traces[1].answers
+    assert [trace.answers for trace in made.answer(QUERIES[:2])] == [trace.answers for trace in traces]
+
+
+def test_what_a_watcher_raises_ends_the_answering_between_two_stages() -> None:
+    def refuse(trace: Trace) -> None:
+        if trace.steps[-1].stage == "pack":
+            raise InterruptedError
+
+    class Unread(SayIds):
+        def read(self, contexts: Sequence[PackedContext]) -> list[Answer]:
+            raise AssertionError("the reader is not reached")
+
+    with pytest.raises(InterruptedError):
+        Pipeline(Unread(), PackTwo(), WordRetriever()).answer(QUERIES, refuse)
+
+
 def test_seconds_are_shares_of_the_batch() -> None:
     traces = answer()
     assert {step.batch for trace in traces for step in trace.steps} == {3}
