@@ -11,7 +11,7 @@ import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -54,7 +54,8 @@ class Backbone:
     """A frozen model with its tokenizer.
 
     `fingerprint` is that of the weights as stored on disk, before any cast to a compute type: the name by which method
-    artifacts know their backbone. `name` is what the recipe said.
+    artifacts know their backbone. `name` is what the recipe said. `source_lengths` (B,) is set while a causal model
+    reads sources: how many tokens of each row are source, for methods that do not look at targets.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Backbone:
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     fingerprint: str
+    source_lengths: torch.Tensor | None = field(default=None, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -130,7 +132,8 @@ class Backbone:
             states: torch.Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
             return states
         rows = [[*source, *target] for source, target in zip(sources, targets or [()] * len(sources), strict=True)]
-        return self._continue(*self._tensors(rows, padding or "left"))
+        with self._reading(sources):
+            return self._continue(*self._tensors(rows, padding or "left"))
 
     def token_losses(
         self, sources: "Tokens | Encoded", targets: Tokens, *, padding: Side | None = None
@@ -181,7 +184,8 @@ class Backbone:
             if padding == "right":
                 raise ValueError("generate: a causal model writes at the end of a row; pad on the left")
             ids, mask = self._tensors(sources, "left")
-            out = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options)
+            with self._reading(sources):
+                out = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options)
             out = out[:, ids.shape[1] :]
         ends = self.end_tokens(options.get("eos_token_id"))
         return [_until_end(row, ends) for row in out.tolist()]
@@ -199,6 +203,14 @@ class Backbone:
         ids, mask = pad_rows(rows, self.padding, side)
         return ids.to(self.device), mask.to(self.device)
 
+    @contextmanager
+    def _reading(self, sources: Tokens) -> Iterator[None]:
+        self.source_lengths = torch.tensor([len(source) for source in sources], device=self.device)
+        try:
+            yield
+        finally:
+            self.source_lengths = None
+
     def _continue(self, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> torch.Tensor:
         """Logits of a causal model; positions count text, wherever the padding is."""
         if takes(self.model, "position_ids"):
@@ -215,7 +227,8 @@ class Backbone:
         longest = max(len(target) for target in targets)
         # Rows that end together need the logits of their ends only: with V = 50,000 that is most of the memory.
         keep = longest + 1 if side == "left" and takes(self.model, "logits_to_keep") else 0
-        logits = self._continue(ids, mask, **({"logits_to_keep": keep} if keep else {}))
+        with self._reading(sources):
+            logits = self._continue(ids, mask, **({"logits_to_keep": keep} if keep else {}))
         width = ids.shape[1]
         before = torch.tensor([len(source) - 1 for source in sources], device=ids.device)
         if side == "left":

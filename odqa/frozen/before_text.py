@@ -48,7 +48,7 @@ class BeforeText:
 
     def _add(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         kwargs = {**dict(zip(("input_ids",), args, strict=False)), **kwargs}
-        if _has_text(kwargs.get("past_key_values")):
+        if has_text(kwargs.get("past_key_values")):
             return (), self._go_on(kwargs)
         vectors = kwargs.get("inputs_embeds")
         vectors = self.backbone.embed(kwargs.pop("input_ids")) if vectors is None else vectors  # (B, T, D)
@@ -68,7 +68,7 @@ class BeforeText:
         if self._gives_positions:
             given = kwargs.get("position_ids")
             places = text_positions(text) if given is None else given.expand(batch, -1)
-            kwargs["position_ids"] = self._positions(places, start, words.shown)
+            kwargs["position_ids"] = positions_with_words(self.backbone, places, start, words.shown)
         if (types := kwargs.get("token_type_ids")) is not None:
             kwargs["token_type_ids"] = insert(types, start, types.new_zeros(batch, self.length))
         return (), kwargs
@@ -105,13 +105,16 @@ class BeforeText:
         """(B, P + T) mask with the vectors in it -> (B,) where each row's P vectors begin, its pads first."""
         return text_start(wide) - self.length + shown.sum(1)
 
-    def _positions(self, places: torch.Tensor, start: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-        """The text's positions (B, T) -> those of vectors and text (B, P + T)."""
-        if self._is_causal:
-            return insert(places + shown.sum(1, keepdim=True), start, text_positions(shown))
-        last = max(self.backbone.window or self.length, self.length)
-        own = torch.arange(last - self.length, last, device=places.device)
-        return insert(places, start, own.expand(len(places), -1))
+
+def positions_with_words(
+    backbone: Backbone, places: torch.Tensor, start: torch.Tensor, shown: torch.Tensor
+) -> torch.Tensor:
+    """The text's positions (B, T), (B,) where it begins, (B, P) -> those of vectors and text (B, P + T)."""
+    if backbone.architecture == "causal":
+        return insert(places + shown.sum(1, keepdim=True), start, text_positions(shown))
+    length = shown.shape[1]
+    last = max(backbone.window or length, length)
+    return insert(places, start, torch.arange(last - length, last, device=places.device).expand(len(places), -1))
 
 
 def _tell_mask(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -119,5 +122,6 @@ def _tell_mask(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any
         setattr(output, SOURCE_MASK, mask)
 
 
-def _has_text(cache: Any) -> bool:
+def has_text(cache: Any) -> bool:
+    """Whether a call goes on from a text that the model has read."""
     return cache is not None and int(cache.get_seq_length()) > 0

@@ -17,6 +17,7 @@ SETTINGS = {
     "prompt-tuning": {"length": 5},
     "prefix-tuning": {"length": 5, "inner": None},
     "adapter": {"rank": 3, "norms": True},
+    "neural-recursion": {"depth": 0, "vectors": 3, "prompt": 2},
     "fine-tuning": {"skip": ["pooler"]},
 }
 
