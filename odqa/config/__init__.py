@@ -18,7 +18,7 @@ from odqa.config.index import (
     SentenceWindow,
     Vectors,
 )
-from odqa.config.labs import Claim, Lab, LabFigure
+from odqa.config.labs import Claim, Lab, LabFigure, RecursionHopsLab, RecursionWorldLab
 from odqa.config.pipeline import (
     AlphaHybridRetriever,
     AnyReader,
@@ -40,13 +40,14 @@ from odqa.config.pipeline import (
     SpanReaderSettings,
     TrimSettings,
 )
-from odqa.config.recursion import AnyRecursion, RetrievalRecursion, TextualRecursion
+from odqa.config.recursion import AnyRecursion, NeuralRecursion, RetrievalRecursion, TextualRecursion
 from odqa.config.training import (
     AdapterSettings,
     AnyMethod,
     AveragedPart,
     BiEncoderFit,
     BiEncoderTraining,
+    ConnectorTraining,
     ContextRecipe,
     ContrastRecipe,
     DecoderLm,
@@ -62,6 +63,7 @@ from odqa.config.training import (
     Mining,
     MixRecipe,
     ModelAverage,
+    NeuralRecursionSettings,
     PrefixTuningSettings,
     PromptTuningSettings,
     ReaderTraining,
@@ -82,7 +84,10 @@ RECIPES: dict[str, type[Settings]] = {
     "train-average": ModelAverage,
     "train-lm": LmTraining,
     "train-lm-reader": LmReaderTraining,
+    "train-connector": ConnectorTraining,
     "mine": Mining,
+    "lab-recursion-hops": RecursionHopsLab,
+    "lab-recursion-world": RecursionWorldLab,
 }
 
 __all__ = [
@@ -102,6 +107,7 @@ __all__ = [
     "Bm25Retriever",
     "Cascade",
     "Claim",
+    "ConnectorTraining",
     "ContextRecipe",
     "ContrastRecipe",
     "CrossEncoder",
@@ -136,6 +142,8 @@ __all__ = [
     "Mining",
     "MixRecipe",
     "ModelAverage",
+    "NeuralRecursion",
+    "NeuralRecursionSettings",
     "PackerSettings",
     "PipelineRecipe",
     "PrefixTuningSettings",
@@ -144,6 +152,8 @@ __all__ = [
     "QuestionLikelihood",
     "QuestionSet",
     "ReaderTraining",
+    "RecursionHopsLab",
+    "RecursionWorldLab",
     "RerankGroups",
     "RerankLoss",
     "RerankerSettings",

@@ -7,6 +7,7 @@ depends on the seed alone. The loop is `odqa.frozen.fit`; nothing here reads a d
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from odqa.frozen.backbone import fingerprint
 from odqa.frozen.finetuning import FineTuning
 from odqa.frozen.fit import FitSettings, fit
 from odqa.frozen.method import Method
+from odqa.frozen.neural import NeuralRecursion, cost_of_passes
 from odqa.read.lm import LmReader
 from odqa.runtime import peak_memory_bytes
 from odqa.stages import Packer
@@ -43,6 +45,20 @@ class ContextSettings:
     examples: int | None = None
     source_weights: Mapping[str, float] | None = None
     seed: int = 0
+
+
+class Batches(Protocol):
+    """What a method is trained on: `size` of the examples a batch, `per_epoch` batches until all were seen."""
+
+    examples: Sequence[Any]
+    per_epoch: int
+
+    @property
+    def size(self) -> int: ...
+
+    def __call__(self, index: int) -> Targets:
+        """Token ids of the sources and of the targets of the `index`-th batch."""
+        ...
 
 
 class ContextBatches:
@@ -84,6 +100,10 @@ class ContextBatches:
             self.per_epoch = max(1, len(kept) // settings.questions)
         self._kept: dict[int, tuple[list[int], list[int]]] = {}
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    @property
+    def size(self) -> int:
+        return self.settings.questions
 
     def __call__(self, index: int) -> Targets:
         epoch, place = divmod(index, self.per_epoch)
@@ -165,7 +185,7 @@ class TuneSet:
 def train_method(
     reader: LmReader,
     method: Method,
-    batches: ContextBatches,
+    batches: Batches,
     tune: Mapping[str, TuneSet],
     draft: Draft,
     fit_settings: FitSettings,
@@ -180,7 +200,10 @@ def train_method(
     """
     backbone = reader.backbone
     before = fingerprint(backbone.model)
-    log(f"{len(batches.examples)} questions, {batches.per_epoch} batches an epoch")
+    count = method.count(backbone)
+    log(f"{len(batches.examples)} examples, {batches.per_epoch} batches an epoch, {count.trainable:,} trained values")
+    if isinstance(method, NeuralRecursion):
+        log(str(cost_of_passes(backbone, method, tokens=len(batches(0)[0][0]))))
     method.attach(backbone)
 
     def evaluate() -> dict[str, float]:
@@ -192,7 +215,6 @@ def train_method(
     def loss(batch: Targets) -> torch.Tensor:
         return backbone.loss(*batch)
 
-    count = method.count(backbone)
     try:
         result = fit(
             {"method": method},
@@ -214,7 +236,7 @@ def train_method(
         "trainable": count.trainable,
         "frozen": 0 if isinstance(method, FineTuning) else count.frozen,
         "examples": len(batches.examples),
-        "questions_seen": curve[-1]["step"] * fit_settings.accumulate * batches.settings.questions,
+        "questions_seen": curve[-1]["step"] * fit_settings.accumulate * batches.size,
     }
     draft.extra["backbone"] = {"name": backbone.name, "fingerprint": backbone.fingerprint}
     draft.extra["warnings"] = result.warnings
