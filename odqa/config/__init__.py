@@ -18,7 +18,7 @@ from odqa.config.index import (
     SentenceWindow,
     Vectors,
 )
-from odqa.config.labs import Claim, Lab, LabFigure, RecursionHopsLab, RecursionWorldLab
+from odqa.config.labs import Claim, Lab, LabFigure, RecursionHopsLab
 from odqa.config.pipeline import (
     AlphaHybridRetriever,
     AnyReader,
@@ -87,7 +87,6 @@ RECIPES: dict[str, type[Settings]] = {
     "train-connector": ConnectorTraining,
     "mine": Mining,
     "lab-recursion-hops": RecursionHopsLab,
-    "lab-recursion-world": RecursionWorldLab,
 }
 
 __all__ = [
@@ -153,7 +152,6 @@ __all__ = [
     "QuestionSet",
     "ReaderTraining",
     "RecursionHopsLab",
-    "RecursionWorldLab",
     "RerankGroups",
     "RerankLoss",
     "RerankerSettings",

@@ -71,30 +71,3 @@ class RecursionHopsLab(Lab):
     rate: float = Field(5e-3, gt=0)
     rates: dict[str, float] = Field({}, description="of arms with another one")
     samples: tuple[int, ...] = Field((1, 4), min_length=1)
-
-
-class RecursionWorldLab(Lab):
-    """A world of popular and unpopular people, see `odqa.labs.recursion_world`. All values are ours."""
-
-    kind: Literal["lab-recursion-world"]
-    people: int = Field(160, ge=2)
-    relations: int = Field(5, ge=2)
-    skew: float = Field(1.5, ge=0, description="popularity of the k-th person: k ** -skew")
-    train_share: float = Field(0.6, gt=0, lt=1)
-    width: int = Field(64, ge=8)
-    heads: int = Field(4, ge=1)
-    larger_width: int = Field(100, ge=8)
-    larger_heads: int = Field(5, ge=1)
-    layers: int = Field(2, ge=1)
-    sentences: int = Field(3, ge=1, description="of a text that the models learn from")
-    by_nickname: float = Field(0.2, ge=0, le=1, description="share of sentences that state a fact by nickname")
-    introductions: float = Field(0.25, ge=0, le=1, description="share of sentences that say whose nickname it is")
-    text_steps: int = Field(500, ge=1)
-    text_rate: float = Field(5e-3, gt=0)
-    batch: int = Field(128, ge=1)
-    prompt: int = Field(1, ge=1, description="vectors before each pass; a single pass has twice as many")
-    inner: int = Field(128, ge=1, description="width of the connector")
-    steps: int = Field(500, ge=1, description="on questions, of every method")
-    rate: float = Field(5e-3, gt=0)
-    prompt_rate: float = Field(5e-2, gt=0)
-    samples: tuple[int, ...] = Field((4, 16), min_length=1)
