@@ -131,6 +131,8 @@ class ContextBatches:
         """The example's ranking as the packer packs it, with its own passage put in if none of them has the answer."""
         query = Query(example.id, example.question)
         ranking = example.ranking or (example.passage, *example.negatives)
+        if self.reader.prompt.template.passage is None:  # closed-book
+            ranking = ()
         hits = [Hit(passage, -float(rank), "mined") for rank, passage in enumerate(ranking)]
         (context,) = self.packer.pack([query], [hits])
         if holds(context, example.answers):
