@@ -19,7 +19,7 @@ from odqa.config.index import (
     Vectors,
 )
 from odqa.config.instructions import MixtureRecipe, MixtureTraining, TaskTemplates, Templates
-from odqa.config.labs import BlackboxLab, Claim, IdptLab, Lab, LabFigure, ProbesLab, TasksLab
+from odqa.config.labs import BlackboxLab, CalmLab, Claim, IdptLab, Lab, LabFigure, ProbesLab, TasksLab
 from odqa.config.pipeline import (
     AlphaHybridRetriever,
     AnyReader,
@@ -45,10 +45,12 @@ from odqa.config.recursion import AnyRecursion, RetrievalRecursion, TextualRecur
 from odqa.config.training import (
     AdapterSettings,
     AnyMethod,
+    AugmentingSettings,
     AveragedPart,
     BiEncoderFit,
     BiEncoderTraining,
     BlackboxTrainer,
+    CalmSettings,
     ContextRecipe,
     ContrastRecipe,
     DecoderLm,
@@ -92,6 +94,7 @@ RECIPES: dict[str, type[Settings]] = {
     "lab-idpt": IdptLab,
     "lab-tasks": TasksLab,
     "lab-probes": ProbesLab,
+    "lab-calm": CalmLab,
 }
 
 __all__ = [
@@ -104,6 +107,7 @@ __all__ = [
     "AnyRecursion",
     "AnyRetriever",
     "ApiReaderSettings",
+    "AugmentingSettings",
     "AveragedPart",
     "BiEncoderFit",
     "BiEncoderTraining",
@@ -111,6 +115,8 @@ __all__ = [
     "BlackboxTrainer",
     "Bm25",
     "Bm25Retriever",
+    "CalmLab",
+    "CalmSettings",
     "Cascade",
     "Claim",
     "ContextRecipe",
