@@ -600,13 +600,13 @@ def _build_lm_reader(
     from odqa.read.lm import LmReader
     from odqa.read.prompts import find_template
 
-    method = None if settings.method is None else load_method(places.file(settings.method), backbone)
+    methods = [load_method(places.file(name), backbone) for name in settings.methods]
     own = {"kind", "model", "method", "architecture", "prompt", "template", "demonstrations"}
     own |= {"device", "dtype", "load_options"}
     template = find_template(settings.prompt, settings.template)
     shown = build_demonstrations(settings.demonstrations, places)
     options = settings.model_dump(exclude=own)
-    return LmReader(backbone, template, demonstrations=shown, method=method, is_shared=is_shared, **options)
+    return LmReader(backbone, template, demonstrations=shown, method=methods, is_shared=is_shared, **options)
 
 
 def _build_api_reader(settings: config.ApiReaderSettings, places: Places) -> "Reader":

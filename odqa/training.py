@@ -811,9 +811,10 @@ class _LmSetup:
 
         inputs: dict[str, Any] = {name: describe_file(name, path)["sha256"] for name, path in self.files.items()}
         inputs |= {"backbone": self.reader.backbone.fingerprint, "pipeline": self.pipeline.hash}
-        first = self.pipeline.settings.reader.method if self.settings.second else None  # type: ignore[attr-defined]
-        if first is not None:
-            inputs["first"] = sha256_file(self.places.file(first) / TENSORS)
+        first = self.pipeline.settings.reader.methods if self.settings.second else ()  # type: ignore[attr-defined]
+        if first:
+            hashes = [sha256_file(self.places.file(name) / TENSORS) for name in first]
+            inputs["first"] = hashes[0] if len(hashes) == 1 else hashes
         if self.rankings is not None:
             inputs["rankings"] = load_artifact(self.rankings, RANKINGS).hash
         if self.start is not None:

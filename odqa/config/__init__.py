@@ -19,7 +19,7 @@ from odqa.config.index import (
     Vectors,
 )
 from odqa.config.instructions import MixtureRecipe, MixtureTraining, TaskTemplates, Templates
-from odqa.config.labs import BlackboxLab, Claim, IdptLab, Lab, LabFigure, ProbesLab, RecursionHopsLab, TasksLab
+from odqa.config.labs import BlackboxLab, CalmLab, Claim, IdptLab, Lab, LabFigure, ProbesLab, RecursionHopsLab, TasksLab
 from odqa.config.pipeline import (
     AlphaHybridRetriever,
     AnyReader,
@@ -45,10 +45,12 @@ from odqa.config.recursion import AnyRecursion, NeuralRecursion, RetrievalRecurs
 from odqa.config.training import (
     AdapterSettings,
     AnyMethod,
+    AugmentingSettings,
     AveragedPart,
     BiEncoderFit,
     BiEncoderTraining,
     BlackboxTrainer,
+    CalmSettings,
     ConnectorTraining,
     ContextRecipe,
     ContrastRecipe,
@@ -96,6 +98,7 @@ RECIPES: dict[str, type[Settings]] = {
     "lab-tasks": TasksLab,
     "lab-probes": ProbesLab,
     "lab-recursion-hops": RecursionHopsLab,
+    "lab-calm": CalmLab,
 }
 
 __all__ = [
@@ -108,6 +111,7 @@ __all__ = [
     "AnyRecursion",
     "AnyRetriever",
     "ApiReaderSettings",
+    "AugmentingSettings",
     "AveragedPart",
     "BiEncoderFit",
     "BiEncoderTraining",
@@ -115,6 +119,8 @@ __all__ = [
     "BlackboxTrainer",
     "Bm25",
     "Bm25Retriever",
+    "CalmLab",
+    "CalmSettings",
     "Cascade",
     "Claim",
     "ConnectorTraining",

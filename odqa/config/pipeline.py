@@ -202,7 +202,9 @@ class LmReaderSettings(Settings):
 
     kind: Literal["lm"]
     model: str
-    method: str | None = Field(None, description="a method that was trained for this model; None: the model as it is")
+    method: str | tuple[str, ...] | None = Field(
+        None, description="a method trained for this model, or several (a composition and a prompt); None: none"
+    )
     architecture: Literal["causal", "seq2seq"] | None = Field(None, description="None: what the model's config says")
     passages: Literal["together", "apart"] = Field(
         "together", description="apart: each encoded in a prompt of its own, one decoder reads all (FiD)"
@@ -231,6 +233,11 @@ class LmReaderSettings(Settings):
     device: str = "auto"
     dtype: str = "auto"
     load_options: dict[str, Any] = Field({}, description="for from_pretrained: device_map, quantization_config, ...")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods' folders."""
+        return (self.method,) if isinstance(self.method, str) else self.method or ()
 
 
 class ApiReaderSettings(Settings):

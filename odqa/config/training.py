@@ -100,6 +100,30 @@ class InputPromptSettings(Settings):
     seed: int = 0
 
 
+class AugmentingSettings(Settings):
+    """A frozen model whose states the reader's model reads, by folder or hub name; see `odqa.frozen.augment`."""
+
+    model: str
+    architecture: Literal["causal", "encoder"] = "causal"
+    links: tuple[tuple[int, int], ...] | int | None = Field(
+        None, description="pairs [its layer, the reader's layer], or a number of links; None: four, evenly"
+    )
+    reads: Literal["all", "source"] | None = Field(
+        None, description="all: what has been written too; None: all that it can (an encoder reads the source)"
+    )
+
+
+class CalmSettings(Settings):
+    """Links from other frozen models (CALM, arXiv 2401.02412)."""
+
+    kind: Literal["calm"]
+    models: tuple[AugmentingSettings, ...] = Field(min_length=1)
+    heads: int | None = Field(None, ge=1, description="of a link; None: as many as the reader's model has")
+    rotary: bool = Field(True, description="links see positions; the paper's do not")
+    normalise: bool = Field(True, description="links see states of one size; the paper's do not")
+    seed: int = 0
+
+
 class FineTuningSettings(Settings):
     """All weights: the baseline."""
 
@@ -318,6 +342,7 @@ AnyMethod = (
     | AdapterSettings
     | InputPromptSettings
     | NeuralRecursionSettings
+    | CalmSettings
     | FineTuningSettings
 )
 

@@ -286,6 +286,16 @@ def takes(module: Any, name: str) -> bool:
     return name in inspect.signature(module.forward).parameters
 
 
+def layer_list(backbone: Backbone) -> nn.ModuleList:
+    """The stack of layers; an encoder-decoder's is that of its decoder. Raises DataError if no list is found."""
+    model = backbone.model
+    skipped = set(model.get_encoder().modules()) if backbone.architecture == "seq2seq" else set()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module not in skipped:
+            return module
+    raise DataError(f"{backbone.name}: {type(model).__name__} has no list of layers to look into.")
+
+
 def _until_end(row: list[int], ends: frozenset[int]) -> list[int]:
     end = next((place for place, token in enumerate(row) if token in ends), len(row) - 1)
     return row[: end + 1]

@@ -78,6 +78,7 @@ PRESETS: Mapping[str, Preset] = {
     "neural-recursion": Preset(
         3e-3, "linear", "our labs (eval/lab-recursion-hops.yaml); the paper's rate is not known"
     ),
+    "calm": Preset(3e-3, "linear", "ours, from eval/lab-calm.yaml; the paper does not say"),
     "fine-tuning": Preset(5e-5, "linear", "Devlin et al. 2019, section A.3: the largest of 2e-5, 3e-5, 5e-5"),
 }
 

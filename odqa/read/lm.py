@@ -113,9 +113,10 @@ class LmReader:
     chooses them for each) are shown before the question, `chat` words it as a conversation by the tokenizer's chat
     template, with `chat_options` for that template.
 
-    Window: `window` tokens, if not given what the configuration or else the tokenizer says. A causal model shares it
-    with the answer (`max_new_tokens`), an encoder-decoder model does not. A `method` is attached for good; what it puts
-    into the window, and `reserved` tokens, stay free. The window holds a prompt, not all prompts together.
+    Window: `window` tokens; if not given, what the configuration or else the tokenizer says. It is no longer than what
+    every method can read. A causal model shares it with the answer (`max_new_tokens`), an encoder-decoder model does
+    not. A `method`, or several, are attached for good; what they put into the window, and `reserved` tokens, stay free.
+    The window holds a prompt, not all prompts together.
 
     Decoding: greedy; with `beams` > 1 beam search, ranked by log-probability / length ** `length_penalty` (0.0, our
     choice: by log-probability); with `sample` independent samples (`temperature`, `top_k`, `top_p`; 0 and 1.0 switch
@@ -138,7 +139,7 @@ class LmReader:
         backbone: Backbone,
         prompt: PromptTemplate | str = "open-book",
         *,
-        method: Method | None = None,
+        method: Method | Sequence[Method] | None = None,
         passages: Literal["together", "apart"] = "together",
         demonstrations: Sequence[Demonstration] | ChooseDemonstrations = (),
         chat: bool = False,
@@ -184,14 +185,15 @@ class LmReader:
         template = find_template(prompt) if isinstance(prompt, str) else prompt
         renderer = _chat_renderer(backbone, chat_options or {}) if chat else None
         self.prompt = Prompt(template, demonstrations if callable(demonstrations) else tuple(demonstrations), renderer)
-        self.window = _choose_window(backbone, window)
+        methods = [method] if isinstance(method, Method) else list(method or ())
+        rooms = [room for one in methods if (room := one.longest_text) is not None]
+        self.window = min([_choose_window(backbone, window), *rooms])
         self.candidates, self.beams, self.length_penalty = candidates, beams, length_penalty
         self.sample, self.temperature, self.top_k, self.top_p, self.seed = sample, temperature, top_k, top_p, seed
         self.max_new_tokens, self.batch_size, self.score, self.guard = max_new_tokens, batch_size, score, guard
         answer_room = max_new_tokens if backbone.architecture == "causal" else 0
         self._copies = candidates if sample else 1
-        if method is not None:
-            reserved += method.virtual_tokens(backbone)
+        reserved += sum(one.virtual_tokens(backbone) for one in methods)
         self.limit = self.window - answer_room - reserved
         """The longest prompt in tokens."""
         if self.limit < 1:
@@ -199,12 +201,13 @@ class LmReader:
                 f"reader lm: max_new_tokens {max_new_tokens} and reserved {reserved} leave no room for a prompt in the "
                 f"window of {self.window} tokens."
             )
-        self.method, self.is_shared = method, is_shared
-        self._attachable = method
-        if isinstance(method, PromptTuning) and backbone.architecture == "causal":
-            self._attachable = prefix_of_prompt(backbone, method)  # its keys and values are computed once
-        if self._attachable is not None and not is_shared:
-            self._attachable.attach(backbone)
+        self.is_shared = is_shared
+        if backbone.architecture == "causal":  # a prompt's keys and values are computed once, by the bare model
+            methods = [prefix_of_prompt(backbone, one) if isinstance(one, PromptTuning) else one for one in methods]
+        self.methods = tuple(methods)
+        if not is_shared:
+            for one in self.methods:
+                one.attach(backbone)
         # A packer asks for prices several times a question; demonstrations are long.
         self._frame = lru_cache(maxsize=_FRAMES)(self._encode_frame)
         # A conversation brings its own special tokens.
@@ -430,15 +433,12 @@ class LmReader:
 
     @contextlib.contextmanager
     def _method_attached(self) -> Iterator[None]:
-        """Inside the block the backbone computes with this reader's method."""
-        if self._attachable is None or not self.is_shared:
+        """Inside the block the backbone computes with this reader's methods."""
+        with contextlib.ExitStack() as attached:
+            for one in self.methods if self.is_shared else ():
+                one.attach(self.backbone)
+                attached.callback(one.detach)
             yield
-            return
-        self._attachable.attach(self.backbone)
-        try:
-            yield
-        finally:
-            self._attachable.detach()
 
     def _sample(self, context: PackedContext, generation: Generation) -> Sample:
         """A generation as others see it, spelled as this reader's answers are."""
@@ -473,7 +473,7 @@ class LmReader:
         is_causal, draws_several = self.backbone.architecture == "causal", self._copies > 1
         encodes = self.passages == "apart" or (draws_several and not is_causal)
         inputs = self._encode_apart(sources) if encodes else self._prompts(sources)
-        if is_causal and draws_several:
+        if is_causal and draws_several and not any(one.reads_source for one in self.methods):
             inputs |= self._shared_cache(sources)
         start = inputs["input_ids"].shape[1] if is_causal else 1
         noise = LogitsProcessorList()
