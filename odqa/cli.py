@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from odqa.types import Trace
 
 _HELP = "Open-domain question answering on frozen language models: index a Wikipedia dump, ask, evaluate, train."
+_EMBEDDED = "pipelines/embedded.yaml"
 
 _Name = TypeVar("_Name", bound=str)
 _MATCHERS: tuple[Literal["string", "regex", "characters"], ...] = ("string", "regex", "characters")
@@ -131,6 +132,12 @@ def ask(
     pipeline: Annotated[str, typer.Argument(help="A pipeline recipe; may be left out.")],
     question: Annotated[str | None, typer.Argument(help="The question.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No evidence on stderr.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also each pass: its candidates, and what it changed.")
+    ] = False,
+    passes: Annotated[
+        int | None, typer.Option(min=1, help="At most so many passes of the recipe's recursion; 1: none [the recipe].")
+    ] = None,
     build: Annotated[bool, typer.Option("--build", help="Build the index first if it is missing.")] = False,
     data: Data = None,
     artifacts: Artifacts = None,
@@ -145,17 +152,18 @@ def ask(
     from odqa import jobs, report
 
     if question is None:
-        pipeline, question, build = "pipelines/embedded.yaml", pipeline, True
+        pipeline, question, build = _EMBEDDED, pipeline, True
     if not question.strip():
         raise DataError("the question is empty. Ask something.")
-    loaded = jobs.load_pipeline(pipeline, places=_places(data, artifacts), build=build, changes=changes or (), log=_log)
+    recipe = jobs.load_with_passes(pipeline, passes, changes=changes or ())
+    loaded = jobs.load_pipeline(recipe, places=_places(data, artifacts), build=build, log=_log)
     trace = loaded.ask(question)
     if as_json:
         _print_json(_trace_json(trace))
         return
     _print(trace.answer.text)
     if not quiet:
-        sys.stderr.write("\n" + report.evidence(trace, terminal=sys.stderr.isatty()))
+        sys.stderr.write("\n" + report.evidence(trace, terminal=sys.stderr.isatty(), verbose=verbose))
 
 
 @app.command()
@@ -464,7 +472,15 @@ def serve(
         str, typer.Option(help="The address to listen on; any but this machine's own needs keys.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0: a free one, named in the log.")] = 8000,
-    folder: Annotated[Path, typer.Option(help="Where keys and the users' artifacts lie.")] = Path("served"),
+    folder: Annotated[Path, typer.Option(help="Where keys, marks and the users' artifacts lie.")] = Path("served"),
+    pipeline: Annotated[
+        str, typer.Option(metavar="RECIPE", help="The pipeline that answers at /ask and on the page at /.")
+    ] = _EMBEDDED,
+    ask: Annotated[bool, typer.Option("--ask/--no-ask", help="Without it there is no pipeline, and no page.")] = True,
+    build: Annotated[
+        bool, typer.Option("--build", help="Build the pipeline's index first if it is missing [the embedded one].")
+    ] = False,
+    data: Data = None,
     name: Annotated[str | None, typer.Option(help="What requests call the model [the last part of MODEL].")] = None,
     chat_template: Annotated[
         Path | None, typer.Option(help="A Jinja file that renders chats [the tokenizer's own template].")
@@ -495,9 +511,13 @@ def serve(
     body_seconds: Annotated[float, typer.Option(min=0.1, help="Until a body must be there.")] = 30.0,
     reading_bytes: Annotated[int, typer.Option(min=1024, help="Bytes of all bodies under way.")] = 256 << 20,
     connections: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 1024,
+    question_characters: Annotated[int, typer.Option(min=1, help="The longest question at /ask.")] = 2000,
+    waiting_asks: Annotated[int, typer.Option(min=1, help="Questions that may wait for the pipeline.")] = 64,
+    user_asks: Annotated[int, typer.Option(min=1, help="Questions of one user that may wait.")] = 8,
 ) -> None:
     """Serve a frozen language model over OpenAI's protocol: completions, chats, soft prompts, many users in one batch.
 
+    A pipeline answers questions with their evidence: at /ask, and on a page at /.
     Log lines are JSON on stderr; the one with the event "ready" has the address. Stops at SIGTERM or Ctrl-C.
     """
     from odqa.serve.command import run_server
@@ -521,6 +541,9 @@ def serve(
         body_seconds=body_seconds,
         reading_bytes=reading_bytes,
         connections=connections,
+        question_characters=question_characters,
+        waiting_asks=waiting_asks,
+        user_asks=user_asks,
     )
     run_server(
         model,
@@ -536,6 +559,9 @@ def serve(
         grace=grace,
         open_to_all=open_to_all,
         log_texts=log_texts,
+        pipeline=pipeline if ask else None,
+        build=build or pipeline == _EMBEDDED,
+        data=data,
     )
 
 

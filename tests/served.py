@@ -80,10 +80,12 @@ class Process:
 
 @contextmanager
 def serving(model: Path, folder: Path, *options: str) -> Iterator[Process]:
-    """A process that serves while the block lasts, if nothing ends it before."""
+    """A process that serves while the block lasts, if nothing ends it before; it asks no pipeline unless told to."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"log-{len(list(folder.glob('log-*')))}"
     command = [sys.executable, "-m", "odqa.cli", "serve", str(model), "--folder", str(folder), "--port", "0"]
+    if not {"--ask", "--pipeline"} & set(options):
+        command.append("--no-ask")
     with log.open("wb") as file:
         process = subprocess.Popen([*command, "--threads", "1", *options], stderr=file)
     made = Process("", process, log)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from odqa.errors import DataError
-from odqa.frozen.layout import Side, pad_rows, text_positions
+from odqa.frozen.layout import Side, pad_rows, source_ends, text_positions
 from odqa.models import embedded_folder, quiet_loading
 from odqa.runtime import choose_device, choose_dtype
 
@@ -130,7 +130,8 @@ class Backbone:
             states: torch.Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
             return states
         rows = [[*source, *target] for source, target in zip(sources, targets or [()] * len(sources), strict=True)]
-        return self._continue(*self._tensors(rows, padding or "left"))
+        with source_ends([len(source) for source in sources]):
+            return self._continue(*self._tensors(rows, padding or "left"))
 
     def token_losses(
         self, sources: "Tokens | Encoded", targets: Tokens, *, padding: Side | None = None
@@ -181,7 +182,8 @@ class Backbone:
             if padding == "right":
                 raise ValueError("generate: a causal model writes at the end of a row; pad on the left")
             ids, mask = self._tensors(sources, "left")
-            out = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options)
+            with source_ends([len(source) for source in sources]):
+                out = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options)
             out = out[:, ids.shape[1] :]
         ends = self.end_tokens(options.get("eos_token_id"))
         return [_until_end(row, ends) for row in out.tolist()]
@@ -215,7 +217,8 @@ class Backbone:
         longest = max(len(target) for target in targets)
         # Rows that end together need the logits of their ends only: with V = 50,000 that is most of the memory.
         keep = longest + 1 if side == "left" and takes(self.model, "logits_to_keep") else 0
-        logits = self._continue(ids, mask, **({"logits_to_keep": keep} if keep else {}))
+        with source_ends([len(source) for source in sources]):
+            logits = self._continue(ids, mask, **({"logits_to_keep": keep} if keep else {}))
         width = ids.shape[1]
         before = torch.tensor([len(source) - 1 for source in sources], device=ids.device)
         if side == "left":
@@ -281,6 +284,16 @@ def load_backbone(
 def takes(module: Any, name: str) -> bool:
     """Whether a module's forward pass has a parameter of that name."""
     return name in inspect.signature(module.forward).parameters
+
+
+def layer_list(backbone: Backbone) -> nn.ModuleList:
+    """The stack of layers; an encoder-decoder's is that of its decoder. Raises DataError if no list is found."""
+    model = backbone.model
+    skipped = set(model.get_encoder().modules()) if backbone.architecture == "seq2seq" else set()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module not in skipped:
+            return module
+    raise DataError(f"{backbone.name}: {type(model).__name__} has no list of layers to look into.")
 
 
 def _until_end(row: list[int], ends: frozenset[int]) -> list[int]:

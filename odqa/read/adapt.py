@@ -7,6 +7,7 @@ depends on the seed alone. The loop is `odqa.frozen.fit`; nothing here reads a d
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from odqa.frozen.fit import FitSettings, fit
 from odqa.frozen.local import LocalEngine
 from odqa.frozen.metered import Metered
 from odqa.frozen.method import Method
+from odqa.frozen.neural import NeuralRecursion, cost_of_passes
 from odqa.frozen.prompt_tuning import PromptTuning
 from odqa.read.lm import LmReader
 from odqa.runtime import peak_memory_bytes
@@ -31,6 +33,8 @@ from odqa.types import Gold, Hit, PackedContext, Query
 
 KIND = "method"
 CHECKPOINT = "checkpoint.safetensors"
+Again = Callable[[Sequence[PackedContext]], Sequence[PackedContext | None]]
+"""What a second pass reads after a first one has read these contexts; None: nothing."""
 JOURNAL = "journal.jsonl"  # of a black-box search
 Targets = tuple[list[list[int]], list[list[int]]]  # prompts and answers
 
@@ -49,11 +53,35 @@ class ContextSettings:
     seed: int = 0
 
 
+class Batches(Protocol):
+    """What a method is trained on: `size` of the examples a batch, `per_epoch` batches until all were seen."""
+
+    examples: Sequence[Any]
+    per_epoch: int
+
+    @property
+    def size(self) -> int: ...
+
+    def __call__(self, index: int) -> Targets:
+        """Token ids of the sources and of the targets of the `index`-th batch."""
+        ...
+
+
 class ContextBatches:
-    """`batches(i)`: token ids of the prompts and of the answers of the i-th batch."""
+    """`batches(i)`: token ids of the prompts and of the answers of the i-th batch.
+
+    With `again` the method is one for a later pass: all contexts are read once beforehand, and it learns on what is
+    read again. Examples that are not read again are left out.
+    """
 
     def __init__(
-        self, reader: LmReader, packer: Packer, examples: Sequence[Example], settings: ContextSettings
+        self,
+        reader: LmReader,
+        packer: Packer,
+        examples: Sequence[Example],
+        settings: ContextSettings,
+        *,
+        again: Again | None = None,
     ) -> None:
         usable = [example for example in examples if example.answers]
         if not usable:
@@ -67,8 +95,21 @@ class ContextBatches:
         chosen = rng.choice(len(usable), count, replace=False, p=weights / weights.sum())
         self.examples = [usable[number] for number in chosen]
         self.per_epoch = max(1, count // settings.questions)
+        self._again: dict[int, PackedContext] = {}
+        if again is not None:
+            found = again([self.context(example) for example in self.examples])
+            kept = [number for number, one in enumerate(found) if one is not None]
+            if not kept:
+                raise DataError("training: the first pass gives no candidates for any example.")
+            self.examples = [self.examples[number] for number in kept]
+            self._again = dict(enumerate(one for one in found if one is not None))
+            self.per_epoch = max(1, len(kept) // settings.questions)
         self._kept: dict[int, tuple[list[int], list[int]]] = {}
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    @property
+    def size(self) -> int:
+        return self.settings.questions
 
     def __call__(self, index: int) -> Targets:
         epoch, place = divmod(index, self.per_epoch)
@@ -83,13 +124,16 @@ class ContextBatches:
         """Prompt and answer of one example as token ids; remembered."""
         if number not in self._kept:
             example = self.examples[number]
-            self._kept[number] = encode_pair(self.reader, self.context(example), example.answers)
+            context = self._again.get(number) or self.context(example)
+            self._kept[number] = encode_pair(self.reader, context, example.answers)
         return self._kept[number]
 
     def context(self, example: Example) -> PackedContext:
         """The example's ranking as the packer packs it, with its own passage put in if none of them has the answer."""
         query = Query(example.id, example.question)
         ranking = example.ranking or (example.passage, *example.negatives)
+        if self.reader.prompt.template.passage is None:  # closed-book
+            ranking = ()
         hits = [Hit(passage, -float(rank), "mined") for rank, passage in enumerate(ranking)]
         (context,) = self.packer.pack([query], [hits])
         if holds(context, example.answers):
@@ -127,8 +171,19 @@ class TuneSet:
     gold: Sequence[Gold]
 
     @classmethod
-    def pack(cls, packer: Packer, questions: Sequence[tuple[Query, Gold]], hits: Sequence[Sequence[Hit]]) -> "TuneSet":
-        return cls(packer.pack([query for query, _ in questions], hits), [gold for _, gold in questions])
+    def pack(
+        cls,
+        packer: Packer,
+        questions: Sequence[tuple[Query, Gold]],
+        hits: Sequence[Sequence[Hit]],
+        *,
+        again: Again | None = None,
+    ) -> "TuneSet":
+        """`again`: of a second pass; a question that is not read again keeps its first context."""
+        contexts = packer.pack([query for query, _ in questions], hits)
+        if again is not None:
+            contexts = [found or first for first, found in zip(contexts, again(contexts), strict=True)]
+        return cls(contexts, [gold for _, gold in questions])
 
     def scores(self, reader: LmReader) -> dict[str, float]:
         """Mean EM and F1, 0 to 100."""
@@ -143,7 +198,7 @@ class TuneSet:
 def train_method(
     reader: LmReader,
     method: Method,
-    batches: ContextBatches,
+    batches: Batches,
     tune: Mapping[str, TuneSet],
     draft: Draft,
     fit_settings: FitSettings,
@@ -158,7 +213,10 @@ def train_method(
     """
     backbone = reader.backbone
     before = fingerprint(backbone.model)
-    log(f"{len(batches.examples)} questions, {batches.per_epoch} batches an epoch")
+    count = method.count(backbone)
+    log(f"{len(batches.examples)} examples, {batches.per_epoch} batches an epoch, {count.trainable:,} trained values")
+    if isinstance(method, NeuralRecursion):
+        log(str(cost_of_passes(backbone, method, tokens=len(batches(0)[0][0]))))
     method.attach(backbone)
 
     def evaluate() -> dict[str, float]:
@@ -170,7 +228,6 @@ def train_method(
     def loss(batch: Targets) -> torch.Tensor:
         return backbone.loss(*batch)
 
-    count = method.count(backbone)
     try:
         result = fit(
             {"method": method},
@@ -192,7 +249,7 @@ def train_method(
         "trainable": count.trainable,
         "frozen": 0 if isinstance(method, FineTuning) else count.frozen,
         "examples": len(batches.examples),
-        "questions_seen": curve[-1]["step"] * fit_settings.accumulate * batches.settings.questions,
+        "questions_seen": curve[-1]["step"] * fit_settings.accumulate * batches.size,
     }
     draft.extra["backbone"] = {"name": backbone.name, "fingerprint": backbone.fingerprint}
     draft.extra["warnings"] = result.warnings

@@ -14,13 +14,12 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import odqa
-from odqa.serve import completions, models, operations
-from odqa.serve.completions import ClientGone
+from odqa.serve import ask, completions, models, operations, page
 from odqa.serve.errors import ApiError, bad, internal
+from odqa.serve.listening import ClientGone
 from odqa.serve.state import Service, authenticate
 
-ROUTERS = (operations.router, models.router, completions.router)
-"""All routers; a further one (`/ask`, a page at `/`) goes here."""
+ROUTERS = (operations.router, models.router, completions.router, ask.router, page.router)
 
 log = logging.getLogger("odqa.serve")
 _WITH_BODY = ("POST", "PUT", "PATCH")

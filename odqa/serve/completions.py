@@ -17,6 +17,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from odqa.serve.errors import ApiError, bad
+from odqa.serve.listening import ClientGone, listen
 from odqa.serve.prompts import Prompt, check_known, check_rows, of_chat, of_completion, room, rows_of
 from odqa.serve.scheduler import Row, Ticket
 from odqa.serve.schema import ChatRequest, CompletionRequest, Writing
@@ -129,7 +130,7 @@ async def _answer(request: Request, service: Service, user: str, rows: list[Row]
     try:
         if form.asked.stream:
             # The first news decide the status: what is refused by then is an error like any other.
-            heard = _listen(request, news)
+            heard = listen(request, news)
             first = await anext(heard)
             if isinstance(first[1], Exception):
                 raise first[1]
@@ -143,14 +144,10 @@ async def _answer(request: Request, service: Service, user: str, rows: list[Row]
     return JSONResponse(form.whole(written))
 
 
-class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
-
-
 async def _all(request: Request, news: "asyncio.Queue[News]", count: int) -> list[Written]:
     """The texts, in order. Raises the first error, and ClientGone."""
     found: dict[int, Written] = {}
-    async for number, what in _listen(request, news):
+    async for number, what in listen(request, news):
         if isinstance(what, Exception):
             raise what
         if isinstance(what, Written):
@@ -158,29 +155,6 @@ async def _all(request: Request, news: "asyncio.Queue[News]", count: int) -> lis
         if len(found) == count:
             break
     return [found[number] for number in range(count)]
-
-
-async def _listen(request: Request, news: "asyncio.Queue[News]") -> AsyncIterator[News]:
-    """The news, without end. Raises ClientGone as soon as the client has closed its connection."""
-    gone = asyncio.ensure_future(_left(request))
-    waiting: asyncio.Future[News] | None = None
-    try:
-        while True:
-            waiting = asyncio.ensure_future(news.get())
-            await asyncio.wait({gone, waiting}, return_when=asyncio.FIRST_COMPLETED)
-            if not waiting.done():
-                raise ClientGone
-            yield waiting.result()
-    finally:
-        gone.cancel()
-        if waiting is not None:
-            waiting.cancel()
-
-
-async def _left(request: Request) -> None:
-    """Returns when the client has closed its connection; the body was read before."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _events(

@@ -14,6 +14,8 @@ class Limits:
     All: `rows` computed together, which share `cache_tokens` of key/value cache, padding and what is still to be
     written included; `prefill_tokens` read between two steps, so that those who are written for do not stand still;
     `waiting_rows` and `waiting_bytes` (of vectors); `connections`, and `reading_bytes` of bodies under way.
+    Questions to the pipeline have at most `question_characters`; `waiting_asks` may wait for their turn, `user_asks` of
+    one user.
     """
 
     body_bytes: int = 8 << 20
@@ -33,3 +35,6 @@ class Limits:
     waiting_bytes: int = 256 << 20
     connections: int = 1024
     reading_bytes: int = 256 << 20
+    question_characters: int = 2000
+    waiting_asks: int = 64
+    user_asks: int = 8

@@ -20,6 +20,12 @@ _HELP = {
     "odqa_step_rows": ("histogram", "Texts in a decoding step."),
     "odqa_step_seconds": ("histogram", "A decoding step, the reading of texts that join before it not counted."),
     "odqa_waiting_seconds": ("histogram", "From a text's arrival until it is read."),
+    "odqa_asks_total": (
+        "counter",
+        "Questions: answered, abstained, cancelled, timeout, refused, failed.",
+    ),
+    "odqa_asks_waiting": ("gauge", "Questions that wait for their turn."),
+    "odqa_ask_seconds": ("histogram", "Questions, from their arrival to their end."),
     "odqa_request_seconds": ("histogram", "Requests to write, from their arrival to their end."),
 }
 _BOUNDS = {"odqa_step_rows": ROWS}

@@ -11,7 +11,7 @@ at each place beside the likeliest ones.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 _STOPS = 4  # OpenAI's
 _LISTED = 4096  # our choice: prompts in a list; the server's own limit on rows is checked later
@@ -208,3 +208,23 @@ class ArtifactRequest(Request):
         if (self.prompt_embeds is not None) == is_method or (self.description is None) != (self.tensors is None):
             raise ValueError("give prompt_embeds, or description and tensors")
         return self
+
+
+def _check_characters(value: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("half a surrogate pair is not a character")
+    return value
+
+
+class AskRequest(Request):
+    """POST /ask."""
+
+    question: Annotated[str, AfterValidator(_check_characters)]
+    stream: Literal["lines", "events"] | None = Field(None, description="JSON lines or server-sent events")
+    trace: bool = Field(False, description="with all that a run folder keeps of a question")
+
+
+class MarkRequest(Request):
+    """POST /ask/{ask_id}/mark."""
+
+    is_right: bool

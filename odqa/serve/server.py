@@ -100,18 +100,18 @@ def serve(
     )
     facts = {"event": "ready", "url": f"http://{address}:{listener.getsockname()[1]}", "model": service.name}
     try:
-        _Server(config, service.scheduler, grace, facts).run(sockets=[listener])
+        _Server(config, service, grace, facts).run(sockets=[listener])
     finally:
-        service.scheduler.close()
+        service.close()
         log.info("stopped", extra={"event": "stopped"})
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which tells the scheduler when the end begins, and does not end the process by the signal itself."""
+    """uvicorn's, which tells the service when the end begins, and does not end the process by the signal itself."""
 
-    def __init__(self, config: uvicorn.Config, scheduler: Scheduler, grace: float, facts: dict[str, Any]) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, grace: float, facts: dict[str, Any]) -> None:
         super().__init__(config)
-        self._scheduler, self._grace, self._facts = scheduler, grace, facts
+        self._service, self._grace, self._facts = service, grace, facts
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -119,8 +119,8 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.should_exit:
-            self._scheduler.drain()
-            threading.Thread(target=self._scheduler.close, args=(self._grace,), daemon=True).start()
+            self._service.drain()
+            threading.Thread(target=self._service.close, args=(self._grace,), daemon=True).start()
         super().handle_exit(sig, frame)
 
     @contextlib.contextmanager

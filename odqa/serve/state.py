@@ -17,6 +17,7 @@ from odqa.frozen.bank import Bank
 from odqa.frozen.engine import Facts
 from odqa.frozen.local import LocalEngine
 from odqa.serve.artifacts import Artifacts, Registered
+from odqa.serve.asking import Asker
 from odqa.serve.encoder import Encoder
 from odqa.serve.errors import ApiError, unknown_model
 from odqa.serve.keys import LOCAL, Keys
@@ -39,6 +40,8 @@ class Service:
     metrics: Metrics
     chat_template: str | None = None
     logs_texts: bool = False
+    asker: Asker | None = None
+    """What answers questions from a collection; None: nothing does here."""
     started: float = field(default_factory=time.time)
     rates: "Rates" = field(init=False)
     encoder: Encoder = field(init=False)
@@ -58,6 +61,20 @@ class Service:
     @property
     def is_causal(self) -> bool:
         return self.backbone.architecture == "causal"
+
+    def drain(self) -> None:
+        """Take nothing more; what was taken is finished."""
+        self.scheduler.drain()
+        if self.asker is not None:
+            self.asker.drain()
+
+    def close(self, seconds: float = 0.0) -> None:
+        """`drain`, wait for at most so many seconds, and fail what is left."""
+        self.drain()
+        end = time.monotonic() + seconds
+        if self.asker is not None:
+            self.asker.close(seconds)
+        self.scheduler.close(max(0.0, end - time.monotonic()))
 
     def resolve(self, user: str, model: str) -> Registered | None:
         """What a model name means to a user: one of their artifacts, or None, the frozen model itself.

@@ -160,7 +160,7 @@ def test_the_guides_lines_run(llama: Path, tmp_path: Path) -> None:
         line for text in blocks("bash") for line in text.replace("\\\n", "").splitlines() if line.startswith("curl")
     ]
     assert len(lines) >= 7
-    with serving(llama, tmp_path, "--name", "odqa-mini-d1") as server:
+    with serving(llama, tmp_path, "--name", "odqa-mini-d1", "--ask") as server:
         for line in lines:
             line = line.replace("http://127.0.0.1:8000", server.url)
             done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, cwd=tmp_path)
