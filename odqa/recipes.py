@@ -414,8 +414,8 @@ def shares_model(settings: config.PipelineRecipe) -> bool:
 
 def with_recursion(pipeline: "Pipeline", settings: config.PipelineRecipe, places: Places | None) -> "Pipeline":
     """The pipeline itself, with what the recipe says of further passes."""
-    from odqa.recurse import CandidateRecursion, Gate, RetrievalRecursion, Samples, surer
-    from odqa.stages import DrawsSamples, ReadsCandidates
+    from odqa.recurse import CandidateRecursion, Gate, RetrievalRecursion, Samples, VectorRecursion, surer
+    from odqa.stages import DrawsSamples, GivesVectors, ReadsCandidates
 
     chosen = settings.recursion
     if chosen is None:
@@ -426,6 +426,12 @@ def with_recursion(pipeline: "Pipeline", settings: config.PipelineRecipe, places
     second = settings.second_reader
     reader = None if second is None else _second_reader(second, pipeline.reader, settings, places)
     first: object = pipeline.reader
+    if isinstance(chosen, config.NeuralRecursion):
+        pipeline.rereader = reader
+        gives: object = reader
+        assert isinstance(gives, GivesVectors)  # the recipe was checked: it is of kind lm
+        pipeline.recursion = VectorRecursion(gives, gate=gate)
+        return pipeline
     if isinstance(chosen, config.TextualRecursion):
         pipeline.rereader = reader
         shows: object = reader

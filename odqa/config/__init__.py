@@ -19,7 +19,7 @@ from odqa.config.index import (
     Vectors,
 )
 from odqa.config.instructions import MixtureRecipe, MixtureTraining, TaskTemplates, Templates
-from odqa.config.labs import BlackboxLab, Claim, IdptLab, Lab, LabFigure, ProbesLab, TasksLab
+from odqa.config.labs import BlackboxLab, Claim, IdptLab, Lab, LabFigure, ProbesLab, RecursionHopsLab, TasksLab
 from odqa.config.pipeline import (
     AlphaHybridRetriever,
     AnyReader,
@@ -41,7 +41,7 @@ from odqa.config.pipeline import (
     SpanReaderSettings,
     TrimSettings,
 )
-from odqa.config.recursion import AnyRecursion, RetrievalRecursion, TextualRecursion
+from odqa.config.recursion import AnyRecursion, NeuralRecursion, RetrievalRecursion, TextualRecursion
 from odqa.config.training import (
     AdapterSettings,
     AnyMethod,
@@ -49,6 +49,7 @@ from odqa.config.training import (
     BiEncoderFit,
     BiEncoderTraining,
     BlackboxTrainer,
+    ConnectorTraining,
     ContextRecipe,
     ContrastRecipe,
     DecoderLm,
@@ -65,6 +66,7 @@ from odqa.config.training import (
     Mining,
     MixRecipe,
     ModelAverage,
+    NeuralRecursionSettings,
     PrefixTuningSettings,
     PromptTuningSettings,
     ReaderTraining,
@@ -87,11 +89,13 @@ RECIPES: dict[str, type[Settings]] = {
     "train-lm-reader": LmReaderTraining,
     "train-mixture": MixtureTraining,
     "templates": Templates,
+    "train-connector": ConnectorTraining,
     "mine": Mining,
     "lab-blackbox": BlackboxLab,
     "lab-idpt": IdptLab,
     "lab-tasks": TasksLab,
     "lab-probes": ProbesLab,
+    "lab-recursion-hops": RecursionHopsLab,
 }
 
 __all__ = [
@@ -113,6 +117,7 @@ __all__ = [
     "Bm25Retriever",
     "Cascade",
     "Claim",
+    "ConnectorTraining",
     "ContextRecipe",
     "ContrastRecipe",
     "CrossEncoder",
@@ -151,6 +156,8 @@ __all__ = [
     "MixtureRecipe",
     "MixtureTraining",
     "ModelAverage",
+    "NeuralRecursion",
+    "NeuralRecursionSettings",
     "PackerSettings",
     "PipelineRecipe",
     "PrefixTuningSettings",
@@ -160,6 +167,7 @@ __all__ = [
     "QuestionLikelihood",
     "QuestionSet",
     "ReaderTraining",
+    "RecursionHopsLab",
     "RerankGroups",
     "RerankLoss",
     "RerankerSettings",

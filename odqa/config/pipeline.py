@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from odqa.config.base import GrownSettings, Settings
-from odqa.config.recursion import AnyRecursion, RetrievalRecursion, TextualRecursion
+from odqa.config.recursion import AnyRecursion, NeuralRecursion, RetrievalRecursion, TextualRecursion
 
 
 class Bm25Retriever(Settings):
@@ -338,6 +338,8 @@ class PipelineRecipe(GrownSettings):
         match self.recursion:
             case TextualRecursion(reader=changes):
                 return self._reader_with(changes, {})
+            case NeuralRecursion(connector=connector):
+                return self._reader_with({"method": connector}, {})
             case RetrievalRecursion(asks=dict() as changes):
                 # What was trained for answering is no help in asking.
                 return self._reader_with(changes, {"prompt": "missing-passage", "template": {}, "method": None})
@@ -377,6 +379,8 @@ class PipelineRecipe(GrownSettings):
                     raise ValueError(
                         f"recursion.query is {query!r}; fields are {{question}} and {{answer}}, the latter a must."
                     )
+            case NeuralRecursion() if self.reader.kind != "lm":
+                raise ValueError(f"recursion of kind neural needs a reader of kind lm, not {self.reader.kind}.")
             case TextualRecursion(source="samples") if self.reader.kind != "lm":
                 raise ValueError(
                     f"recursion.source is samples, and a {self.reader.kind} reader draws none. Set source: reader."

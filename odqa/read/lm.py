@@ -32,6 +32,7 @@ from odqa.errors import DataError, RecipeError
 from odqa.frozen.backbone import Backbone, frozen_guard, load_backbone, takes
 from odqa.frozen.layout import pad_rows, text_positions
 from odqa.frozen.method import Method
+from odqa.frozen.neural import NeuralRecursion
 from odqa.frozen.prefix import prefix_of_prompt
 from odqa.frozen.prompt_tuning import PromptTuning
 from odqa.models import is_encoder_decoder
@@ -48,7 +49,7 @@ from odqa.read.prompts import (
 )
 from odqa.runtime import progress
 from odqa.text import as_written
-from odqa.types import Answer, Dropped, Hit, PackedContext, Query, Sample, TokenCosts
+from odqa.types import Answer, Dropped, Hit, LatentContext, PackedContext, Query, Sample, TokenCosts
 
 T = TypeVar("T")
 
@@ -85,6 +86,14 @@ class _Source:
     @property
     def tokens(self) -> int:
         return sum(len(prompt) for prompt in self.prompts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Latent:
+    """What a latent context of `reader` stands for: the vectors of its first pass over this context."""
+
+    reader: "LmReader"
+    context: PackedContext
 
 
 class LmReader:
@@ -276,6 +285,43 @@ class LmReader:
                 f"longest {max(lengths)}) and the reader room for {self.limit}. Pack it with the costs of this reader."
             )
         return prompts
+
+    def latent(self, contexts: Sequence[PackedContext]) -> list[LatentContext]:
+        """See `odqa.stages.GivesVectors`: for a reader whose method is a `NeuralRecursion`.
+
+        The vectors are made when they are read, for a whole batch at once. Raises DataError for a context that leaves
+        no room for the method's own, RecipeError for a reader without a connector.
+        """
+        self._check_connector()
+        for context in contexts:
+            if (longest := max(len(prompt) for prompt in self._encode_prompts(context))) > self.limit:
+                raise DataError(
+                    f"query {context.query.id}: a prompt of {longest} tokens leaves no room for the vectors of the "
+                    f"second pass ({self.limit} fit). Lower packer.budget."
+                )
+        return [LatentContext(context.query, _Latent(self, context)) for context in contexts]
+
+    def read_latent(self, contexts: Sequence[LatentContext]) -> list[tuple[Answer, Mapping[str, object]]]:
+        """See `odqa.stages.LatentReading`: pass 1, cut after the prompt, the connector, and pass 2 with its answer."""
+        packed = []
+        for latent in contexts:
+            if not isinstance(latent.handle, _Latent) or latent.handle.reader is not self:
+                raise ValueError(f"query {latent.query.id}: these vectors are not of this reader")
+            packed.append(latent.handle.context)
+        connector = self._check_connector()
+        answers = self.read(packed)
+        return [
+            (answer, {"tokens read twice": context.tokens, "vectors": connector.vectors or context.tokens})
+            for answer, context in zip(answers, packed, strict=True)
+        ]
+
+    def _check_connector(self) -> NeuralRecursion:
+        if isinstance(self.method, NeuralRecursion):
+            return self.method
+        found = "no method" if self.method is None else f"a method of kind {self.method.kind}"
+        raise RecipeError(
+            f"reader lm: to read vectors it needs a method of kind {NeuralRecursion.kind}; it has {found}."
+        )
 
     def draw(
         self,
