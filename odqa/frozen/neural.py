@@ -213,8 +213,8 @@ def _source_mask(backbone: Backbone, mask: torch.Tensor) -> torch.Tensor:
     is_text, ends = mask.bool(), told_source_ends()
     if ends is None or backbone.architecture != "causal":
         return is_text
-    lengths = torch.tensor(ends, device=mask.device)
-    return is_text & (text_positions(mask) < lengths.repeat_interleave(len(mask) // len(lengths))[:, None])
+    lengths = torch.tensor(ends, device=mask.device).repeat_interleave(len(mask) // len(ends))
+    return is_text & (text_positions(mask) < lengths[:, None])
 
 
 def _attend(queries: torch.Tensor, seen: torch.Tensor, is_source: torch.Tensor) -> torch.Tensor:
