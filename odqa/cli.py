@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from odqa.types import Trace
 
 _HELP = "Open-domain question answering on frozen language models: index a Wikipedia dump, ask, evaluate, train."
+_EMBEDDED = "pipelines/embedded.yaml"
 
 _Name = TypeVar("_Name", bound=str)
 _MATCHERS: tuple[Literal["string", "regex", "characters"], ...] = ("string", "regex", "characters")
@@ -131,6 +132,12 @@ def ask(
     pipeline: Annotated[str, typer.Argument(help="A pipeline recipe; may be left out.")],
     question: Annotated[str | None, typer.Argument(help="The question.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No evidence on stderr.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also each pass: its candidates, and what it changed.")
+    ] = False,
+    passes: Annotated[
+        int | None, typer.Option(min=1, help="At most so many passes of the recipe's recursion; 1: none [the recipe].")
+    ] = None,
     build: Annotated[bool, typer.Option("--build", help="Build the index first if it is missing.")] = False,
     data: Data = None,
     artifacts: Artifacts = None,
@@ -145,17 +152,18 @@ def ask(
     from odqa import jobs, report
 
     if question is None:
-        pipeline, question, build = "pipelines/embedded.yaml", pipeline, True
+        pipeline, question, build = _EMBEDDED, pipeline, True
     if not question.strip():
         raise DataError("the question is empty. Ask something.")
-    loaded = jobs.load_pipeline(pipeline, places=_places(data, artifacts), build=build, changes=changes or (), log=_log)
+    recipe = jobs.load_with_passes(pipeline, passes, changes=changes or ())
+    loaded = jobs.load_pipeline(recipe, places=_places(data, artifacts), build=build, log=_log)
     trace = loaded.ask(question)
     if as_json:
         _print_json(_trace_json(trace))
         return
     _print(trace.answer.text)
     if not quiet:
-        sys.stderr.write("\n" + report.evidence(trace, terminal=sys.stderr.isatty()))
+        sys.stderr.write("\n" + report.evidence(trace, terminal=sys.stderr.isatty(), verbose=verbose))
 
 
 @app.command()
@@ -455,6 +463,126 @@ def doctor(
     _print_json(diagnosis.to_json()) if as_json else _print(diagnosis.render())
     if not diagnosis.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A language model: a folder, a hub name or an embedded one.")],
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; any but this machine's own needs keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0: a free one, named in the log.")] = 8000,
+    folder: Annotated[Path, typer.Option(help="Where keys, marks and the users' artifacts lie.")] = Path("served"),
+    pipeline: Annotated[
+        str, typer.Option(metavar="RECIPE", help="The pipeline that answers at /ask and on the page at /.")
+    ] = _EMBEDDED,
+    ask: Annotated[bool, typer.Option("--ask/--no-ask", help="Without it there is no pipeline, and no page.")] = True,
+    build: Annotated[
+        bool, typer.Option("--build", help="Build the pipeline's index first if it is missing [the embedded one].")
+    ] = False,
+    data: Data = None,
+    name: Annotated[str | None, typer.Option(help="What requests call the model [the last part of MODEL].")] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A Jinja file that renders chats [the tokenizer's own template].")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16, float16 or auto; below float32 a text may depend on its neighbours."),
+    ] = "float32",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of an operation [torch's choice].")] = None,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds in which a shutdown finishes what runs.")] = 30.0,
+    open_to_all: Annotated[bool, typer.Option("--open", help="Listen on any address without keys.")] = False,
+    log_texts: Annotated[bool, typer.Option("--log-texts", help="Write prompts and answers into the log.")] = False,
+    rows: Annotated[int, typer.Option(min=1, help="Texts computed together.")] = 64,
+    cache_tokens: Annotated[int, typer.Option(min=1, help="Tokens of their key/value cache, padding too.")] = 32_768,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Tokens of prompts read between two steps.")] = 4096,
+    waiting_rows: Annotated[int, typer.Option(min=1, help="Texts that may wait.")] = 4096,
+    waiting_bytes: Annotated[int, typer.Option(min=1, help="Bytes of vectors that may wait.")] = 256 << 20,
+    user_rows: Annotated[int, typer.Option(min=1, help="Texts of one user that may wait.")] = 2048,
+    request_rows: Annotated[int, typer.Option(min=1, help="Texts of one request: prompts times n.")] = 1024,
+    request_seconds: Annotated[float, typer.Option(min=0.1, help="Until a request is answered, or given up.")] = 120.0,
+    new_tokens: Annotated[int, typer.Option(min=1, help="The largest max_tokens.")] = 1024,
+    logprobs: Annotated[int, typer.Option(min=0, help="The largest logprobs and top_logprobs.")] = 20,
+    requests_a_minute: Annotated[int, typer.Option(min=0, help="Of one user; 0: any number.")] = 3000,
+    artifacts: Annotated[int, typer.Option(min=0, help="Artifacts a user may register.")] = 100,
+    artifact_bytes: Annotated[int, typer.Option(min=1, help="Bytes of one's tensors.")] = 4 << 20,
+    body_bytes: Annotated[int, typer.Option(min=1024, help="Bytes of a request's body.")] = 8 << 20,
+    body_seconds: Annotated[float, typer.Option(min=0.1, help="Until a body must be there.")] = 30.0,
+    reading_bytes: Annotated[int, typer.Option(min=1024, help="Bytes of all bodies under way.")] = 256 << 20,
+    connections: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 1024,
+    question_characters: Annotated[int, typer.Option(min=1, help="The longest question at /ask.")] = 2000,
+    waiting_asks: Annotated[int, typer.Option(min=1, help="Questions that may wait for the pipeline.")] = 64,
+    user_asks: Annotated[int, typer.Option(min=1, help="Questions of one user that may wait.")] = 8,
+) -> None:
+    """Serve a frozen language model over OpenAI's protocol: completions, chats, soft prompts, many users in one batch.
+
+    A pipeline answers questions with their evidence: at /ask, and on a page at /.
+    Log lines are JSON on stderr; the one with the event "ready" has the address. Stops at SIGTERM or Ctrl-C.
+    """
+    from odqa.serve.command import run_server
+    from odqa.serve.limits import Limits
+
+    limits = Limits(
+        rows=rows,
+        cache_tokens=cache_tokens,
+        prefill_tokens=prefill_tokens,
+        waiting_rows=waiting_rows,
+        waiting_bytes=waiting_bytes,
+        user_rows=user_rows,
+        request_rows=request_rows,
+        request_seconds=request_seconds,
+        new_tokens=new_tokens,
+        logprobs=logprobs,
+        requests_a_minute=requests_a_minute,
+        artifacts=artifacts,
+        artifact_bytes=artifact_bytes,
+        body_bytes=body_bytes,
+        body_seconds=body_seconds,
+        reading_bytes=reading_bytes,
+        connections=connections,
+        question_characters=question_characters,
+        waiting_asks=waiting_asks,
+        user_asks=user_asks,
+    )
+    run_server(
+        model,
+        folder,
+        limits,
+        host=host,
+        port=port,
+        name=name,
+        chat_template=chat_template,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        grace=grace,
+        open_to_all=open_to_all,
+        log_texts=log_texts,
+        pipeline=pipeline if ask else None,
+        build=build or pipeline == _EMBEDDED,
+        data=data,
+    )
+
+
+@app.command("serve-key")
+def serve_key(
+    user: Annotated[str, typer.Argument(help="Whose key: a-z, 0-9, - and _.")],
+    folder: Annotated[Path, typer.Option(help="The folder of odqa serve.")] = Path("served"),
+    revoke: Annotated[bool, typer.Option("--revoke", help="Take all keys of the user away.")] = False,
+) -> None:
+    """Make a key for a user of odqa serve, or revoke theirs; a running server heeds it at once.
+
+    The key is printed once; on disk is its hash alone.
+    """
+    from odqa.serve.keys import Keys
+
+    keys = Keys(folder)
+    if revoke:
+        _print(f"{keys.revoke(user)} revoked")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    _print(keys.make(user))
 
 
 @app.command()

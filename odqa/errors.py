@@ -35,4 +35,11 @@ class MissingExtra(OdqaError):
 
 
 class ServerError(OdqaError):
-    """A server that cannot be reached, refuses, fails again and again, or speaks another protocol."""
+    """A server that cannot be reached, refuses, fails again and again, or speaks another protocol.
+
+    `status`: that of a refusal (400 and so on); None: there was none.
+    """
+
+    def __init__(self, what: str, status: int | None = None) -> None:
+        super().__init__(what)
+        self.status = status

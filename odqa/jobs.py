@@ -57,7 +57,7 @@ from odqa.types import Gold, Hit, Query, Trace
 
 if TYPE_CHECKING:
     from odqa.corpus.dump import DumpPassages
-    from odqa.pipeline import Pipeline
+    from odqa.pipeline import Pipeline, Watch
     from odqa.report.content import LookUp, Section, Source
     from odqa.retrieve.dense import EncoderSettings
     from odqa.retrieve.given import GivenVectors, IndexVectors
@@ -309,11 +309,11 @@ class Loaded:
         """What the re-ranker's model or scores are, by content; a list for a cascade, None without a re-ranker."""
         return _reranker_identity(self.settings.reranker, self.places)
 
-    def ask(self, question: str) -> Trace:
-        """Answer one question. Raises DataError for an empty one."""
+    def ask(self, question: str, watch: "Watch | None" = None) -> Trace:
+        """Answer one question; `watch` gets each step as it ends. Raises DataError for an empty one."""
         if not question.strip():
             raise DataError("the question is empty. Ask something.")
-        return self.pipeline.answer([Query("question", question)])[0]
+        return self.pipeline.answer([Query("question", question)], watch)[0]
 
 
 def load_pipeline(
@@ -337,6 +337,25 @@ def load_pipeline(
     assert isinstance(settings, config.PipelineRecipe)
     index = _open_index(settings, places, build=build, indexes=indexes, log=log)
     return Loaded(recipe, build_pipeline(recipe, index, places=places, kept=kept), index, places)
+
+
+def load_with_passes(recipe: str | Path, passes: int | None, *, changes: Sequence[str] = ()) -> Recipe:
+    """A pipeline recipe with another bound on its passes (None: its own; 1: without its recursion).
+
+    Raises RecipeError if it has no recursion that could make further passes, or if they are too many.
+    """
+    loaded = load_recipe(recipe, "pipeline", changes=changes)
+    settings = loaded.settings
+    assert isinstance(settings, config.PipelineRecipe)
+    if passes is None or (passes == 1 and settings.recursion is None):
+        return loaded
+    if settings.recursion is None:
+        raise RecipeError(
+            f"{loaded.path}: --passes {passes} needs a recursion, and this recipe has none. Add one under recursion, "
+            "such as {kind: retrieval}."
+        )
+    change = "recursion=null" if passes == 1 else f"recursion.passes={passes}"
+    return load_recipe(recipe, "pipeline", changes=[*changes, change])
 
 
 def _open_index(
@@ -475,9 +494,9 @@ def run_queries(
         if taken is not None and loaded.index is not None:
             log(f"{out}: the {taken.what} is taken from {taken.run.path}")
             replay = Replay(taken.run, loaded.index.store)
-            pipeline = dataclasses.replace(pipeline, retriever=replay)
+            pipeline = dataclasses.replace(pipeline, first_retriever=replay)
             if taken.what == "ranking" and pipeline.reranker is not None:
-                pipeline.reranker = replay
+                pipeline.first_reranker = replay
             writer.measured[f"{taken.what}_from"] = os.path.relpath(taken.run.path, out)
         with progress("answer", len(queries), "questions") as bar:
             # Blocks are the same in every try: what a question is batched with may move the last digit of a score.
@@ -487,8 +506,8 @@ def run_queries(
                     traces = [trace for trace in pipeline.answer(block) if trace.query.id not in writer.finished]
                     writer.add(traces if taken is None else [without_times(trace, taken.what) for trace in traces])
                 bar.advance(len(block))
-        if isinstance(loaded.pipeline.reader, ProvesFrozen):
-            loaded.pipeline.reader.check_frozen()
+        if isinstance(reader, ProvesFrozen):
+            reader.check_frozen()
             writer.measured["backbone_unchanged"] = True
         if isinstance(reader, CountsSpending):
             writer.measured["reader"] = {name: count - spent[name] for name, count in reader.spent().items()}
@@ -551,31 +570,40 @@ def _reranker_identity(settings: config.RerankerSettings | None, places: Places)
 
 
 def _reader_identity(loaded: Loaded) -> str:
-    """What the reader is, by content: the hash of its trained part, or of the frozen model that reads alone.
+    """What the readers are, by content: that of the first pass, and that of later ones if there is one."""
+    first = _identity_of_reader(loaded.settings.reader, loaded.pipeline.reader, loaded.places)
+    second = loaded.settings.second_reader
+    if second is None:
+        return first
+    reader = loaded.pipeline.rereader or getattr(loaded.pipeline.recursion, "asker", None)
+    return sha256_json([first, _identity_of_reader(second, reader, loaded.places)])
+
+
+def _identity_of_reader(settings: config.AnyReader, reader: object, places: Places) -> str:
+    """What a reader is, by content: the hash of its trained part, or of the frozen model that reads alone.
 
     A calibration belongs to it: it decides on confidence and abstention. Of a model behind a server it is address, name
     and the rule of its prices: nobody can see more from here.
     """
-    settings = loaded.settings
-    if isinstance(settings.reader, config.SpanReaderSettings):
-        folder = loaded.places.file(settings.reader.model)
+    if isinstance(settings, config.SpanReaderSettings):
+        folder = places.file(settings.model)
         files = (folder / name for name in ("method.safetensors", "head.safetensors", "calibration.json"))
         return sha256_json([sha256_file(file) for file in files if file.is_file()])
-    if isinstance(settings.reader, config.ApiReaderSettings):
+    if isinstance(settings, config.ApiReaderSettings):
         from odqa.read.api import ApiReader
 
-        assert isinstance(loaded.pipeline.reader, ApiReader)
-        parts = [loaded.pipeline.reader.identity]
+        assert isinstance(reader, ApiReader)
+        parts = [reader.identity]
     else:
         from odqa.read.lm import LmReader
 
-        assert isinstance(loaded.pipeline.reader, LmReader)
-        parts = [loaded.pipeline.reader.backbone.fingerprint]
-    if isinstance(settings.reader, config.LmReaderSettings) and settings.reader.method is not None:
-        folder = loaded.places.file(settings.reader.method)
+        assert isinstance(reader, LmReader)
+        parts = [reader.backbone.fingerprint]
+    if isinstance(settings, config.LmReaderSettings) and settings.method is not None:
+        folder = places.file(settings.method)
         parts += [sha256_file(folder / name) for name in ("method.safetensors", "method.json")]
-    if isinstance(settings.reader.demonstrations, config.DemonstrationPool):
-        parts.append(sha256_file(loaded.places.file(settings.reader.demonstrations.file)))
+    if isinstance(settings.demonstrations, config.DemonstrationPool):
+        parts.append(sha256_file(places.file(settings.demonstrations.file)))
     return parts[0] if len(parts) == 1 else sha256_json(parts)
 
 

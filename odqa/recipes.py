@@ -27,15 +27,16 @@ from odqa.runtime import Recent
 if TYPE_CHECKING:
     from odqa.corpus.dump import DumpPassages
     from odqa.corpus.mediawiki import DumpReport
+    from odqa.frozen.backbone import Backbone
     from odqa.pack.trim import SentenceTrimmer
-    from odqa.pipeline import Pipeline
+    from odqa.pipeline import Fuse, Pipeline
     from odqa.read.prompts import ChooseDemonstrations, Demonstration
     from odqa.retrieve.index import Index
     from odqa.stages import Packer, Reader, Reranker, Retriever
     from odqa.types import Passage
 
 R = TypeVar("R", bound=config.Settings)
-S = TypeVar("S", bound="config.Settings | None")
+S = TypeVar("S")
 P = TypeVar("P")
 
 FOLDERS = ("indexes", "pipelines", "eval")
@@ -366,7 +367,7 @@ class Kept:
 
     def __init__(self, remember: int = 0) -> None:
         self.remember = remember
-        self._parts: dict[str, tuple[config.Settings | None, Any]] = {}
+        self._parts: dict[str, tuple[Any, Any]] = {}
         self._memories: dict[tuple[object, ...], Recent[Any, Any]] = {}
 
     def memory(self, *model: object) -> "Recent[Any, Any] | None":
@@ -391,11 +392,76 @@ def build_pipeline(
     settings = recipe.settings
     assert isinstance(settings, config.PipelineRecipe)
     kept = kept or Kept()
-    reader = kept.part("reader", settings.reader, lambda found: build_reader(found, places, kept=kept))
+    wanted = (settings.reader, shares_model(settings))
+    reader = kept.part("reader", wanted, lambda found: build_reader(found[0], places, kept=kept, is_shared=found[1]))
     retriever = build_retriever(settings, index)
     reranker = kept.part("reranker", settings.reranker, lambda found: build_reranker(found, places, kept=kept))
     packer = build_packer(settings.packer, reader, reranker)
-    return Pipeline(reader, packer, retriever, reranker, k=settings.k)
+    pipeline = Pipeline(reader, packer, retriever, reranker, k=settings.k)
+    return with_recursion(pipeline, settings, places)
+
+
+def shares_model(settings: config.PipelineRecipe) -> bool:
+    """Whether both readers of a pipeline compute with one frozen model, each with a method of its own."""
+    first, second = settings.reader, settings.second_reader
+    if not isinstance(first, config.LmReaderSettings) or not isinstance(second, config.LmReaderSettings):
+        return False
+    return all(
+        getattr(first, name) == getattr(second, name)
+        for name in ("model", "architecture", "device", "dtype", "load_options")
+    )
+
+
+def with_recursion(pipeline: "Pipeline", settings: config.PipelineRecipe, places: Places | None) -> "Pipeline":
+    """The pipeline itself, with what the recipe says of further passes."""
+    from odqa.recurse import CandidateRecursion, Gate, RetrievalRecursion, Samples, surer
+    from odqa.stages import DrawsSamples, ReadsCandidates
+
+    chosen = settings.recursion
+    if chosen is None:
+        return pipeline
+    pipeline.max_passes = chosen.passes
+    pipeline.keep = surer if chosen.keep == "surer" else None
+    gate = Gate(chosen.below)
+    second = settings.second_reader
+    reader = None if second is None else _second_reader(second, pipeline.reader, settings, places)
+    first: object = pipeline.reader
+    if isinstance(chosen, config.TextualRecursion):
+        pipeline.rereader = reader
+        shows: object = reader
+        assert isinstance(shows, ReadsCandidates)  # the recipe was checked: it is of kind lm
+        if chosen.source == "reader":
+            pipeline.recursion = CandidateRecursion(shows, listed=chosen.candidates, gate=gate)
+        else:
+            assert isinstance(first, DrawsSamples)
+            samples = Samples(chosen.candidates, chosen.temperature, chosen.top_p, chosen.seed)
+            pipeline.recursion = CandidateRecursion(shows, first, samples=samples, gate=gate)
+        return pipeline
+    packer = None if reader is None else build_packer(settings.packer, reader, pipeline.reranker)
+    pipeline.recursion = RetrievalRecursion(chosen.query, asker=reader, packer=packer, gate=gate)
+    pipeline.fuse = _fusion(chosen.fusion)
+    return pipeline
+
+
+def _fusion(name: str) -> "Fuse | None":
+    from odqa.retrieve.fuse import fuse_hits_by_rank, fuse_hits_by_score
+
+    return {"rrf": fuse_hits_by_rank, "mean": fuse_hits_by_score, "new": None}[name]
+
+
+def _second_reader(
+    settings: config.LmReaderSettings | config.ApiReaderSettings,
+    first: "Reader",
+    pipeline: config.PipelineRecipe,
+    places: Places | None,
+) -> "Reader":
+    """The reader of later passes, on the first one's model where it names the same."""
+    from odqa.read.lm import LmReader
+
+    if isinstance(settings, config.LmReaderSettings) and shares_model(pipeline):
+        assert isinstance(first, LmReader)
+        return _build_lm_reader(settings, places or Places.from_environment(), first.backbone, is_shared=True)
+    return build_reader(settings, places)
 
 
 def build_retriever(settings: config.PipelineRecipe, index: "Index | None") -> "Retriever | None":
@@ -487,14 +553,16 @@ def _build_score_reranker(settings: config.GivenScores, places: Places) -> "Rera
 
 
 def build_reader(
-    settings: config.SpanReaderSettings | config.LmReaderSettings | config.ApiReaderSettings,
+    settings: config.AnyReader,
     places: Places | None = None,
     *,
     kept: Kept | None = None,
+    is_shared: bool = False,
 ) -> "Reader":
     """The reader, its frozen model loaded; `kept` has the memory that readers with the same model share.
 
-    A reader behind a server asks it nothing yet. Raises RecipeError if its key is missing.
+    `is_shared`: another reader will compute with the same generative model, too. A reader behind a server asks it
+    nothing yet. Raises RecipeError if its key is missing.
     """
     places = places or Places.from_environment()
     if isinstance(settings, config.ApiReaderSettings):
@@ -510,19 +578,29 @@ def build_reader(
         memory = None if kept is None else kept.memory("read", *of_model)
         return SpanReader(model, memory=memory, **settings.model_dump(exclude=loading))
     from odqa.frozen.backbone import load_backbone
-    from odqa.frozen.method import load_method
-    from odqa.read.lm import LmReader, load_lm
-    from odqa.read.prompts import find_template
+    from odqa.read.lm import load_lm
 
     load = {"device": settings.device, "dtype": settings.dtype, **settings.load_options}
     named = settings.architecture
     backbone = load_backbone(settings.model, named, **load) if named else load_lm(settings.model, **load)
+    return _build_lm_reader(settings, places, backbone, is_shared=is_shared)
+
+
+def _build_lm_reader(
+    settings: config.LmReaderSettings, places: Places, backbone: "Backbone", *, is_shared: bool
+) -> "Reader":
+    """A generative reader on a model that is loaded."""
+    from odqa.frozen.method import load_method
+    from odqa.read.lm import LmReader
+    from odqa.read.prompts import find_template
+
     method = None if settings.method is None else load_method(places.file(settings.method), backbone)
     own = {"kind", "model", "method", "architecture", "prompt", "template", "demonstrations"}
     own |= {"device", "dtype", "load_options"}
     template = find_template(settings.prompt, settings.template)
     shown = build_demonstrations(settings.demonstrations, places)
-    return LmReader(backbone, template, demonstrations=shown, method=method, **settings.model_dump(exclude=own))
+    options = settings.model_dump(exclude=own)
+    return LmReader(backbone, template, demonstrations=shown, method=method, is_shared=is_shared, **options)
 
 
 def _build_api_reader(settings: config.ApiReaderSettings, places: Places) -> "Reader":

@@ -375,6 +375,7 @@ def trace_to_json(trace: Trace) -> Json:
                 ],
                 "ranks": list(context.ranks),
                 **({"windows": list(context.windows)} if context.windows else {}),
+                **({"candidates": list(context.candidates)} if context.candidates else {}),
                 "tokens": context.tokens,
                 "budget": context.budget,
                 "dropped": [
@@ -462,6 +463,7 @@ def _context_from_json(query: Query, record: Json, passages: Sequence[Passage]) 
         dropped=tuple(Dropped(item["id"], item["reason"], item["tokens"]) for item in record["dropped"]),
         ranks=tuple(record.get("ranks", ())),
         windows=tuple(record.get("windows", ())),
+        candidates=tuple(record.get("candidates", ())),
     )
 
 

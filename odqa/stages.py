@@ -8,7 +8,10 @@ gold answers, and keeps nothing between calls that changes a result. Each protoc
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from odqa.types import Answer, Hit, LatentContext, PackedContext, Query, TokenCosts
+from odqa.types import Answer, Hit, LatentContext, PackedContext, Query, Sample, TokenCosts
+
+Next = Query | PackedContext | LatentContext | None
+"""What a recursion decides for a question: the type is the control flow."""
 
 
 @runtime_checkable
@@ -73,6 +76,47 @@ class NotesReading(Protocol):
 
 
 @runtime_checkable
+class LatentReading(Protocol):
+    """A reader that reads vectors of an earlier pass again (`LatentContext`), not tokens."""
+
+    def read_latent(self, contexts: Sequence[LatentContext]) -> list[tuple[Answer, Mapping[str, object]]]:
+        """One answer a context, each with notes for the trace as JSON values, such as what the pass cost.
+
+        Raises ValueError for a handle that this reader did not make.
+        """
+        ...
+
+
+@runtime_checkable
+class DrawsSamples(Protocol):
+    """A reader that can write several answers to one context by chance."""
+
+    def draw(
+        self, contexts: Sequence[PackedContext], count: int, *, temperature: float, top_p: float, seed: int
+    ) -> list[list[Sample]]:
+        """`count` samples a window of each context, the likelier ones first, equal ones too.
+
+        They share the encoded prompt, and depend on the seed, the query's id and their number alone. ValueError for a
+        count below 1.
+        """
+        ...
+
+
+@runtime_checkable
+class ReadsCandidates(Protocol):
+    """A reader whose prompt can show answers of an earlier pass."""
+
+    def show_candidates(self, context: PackedContext, candidates: Sequence[str]) -> PackedContext:
+        """The context with these answers in it, priced to the token, as `read` takes it.
+
+        What a candidate says stays in its place in the prompt. If the window does not hold all, passages leave, the
+        lowest ranked first, then candidates, the last first. Raises ValueError if no candidate has a text, DataError if
+        not even one fits beside the question.
+        """
+        ...
+
+
+@runtime_checkable
 class CountsSpending(Protocol):
     """A reader that costs more than time, and counts it."""
 
@@ -94,8 +138,21 @@ class ChecksQueries(Protocol):
 class Recursion(Protocol):
     """Decides what happens after a pass; the type of what it returns is the control flow."""
 
-    def again(
-        self, contexts: Sequence[PackedContext], answers: Sequence[Answer], pass_no: int
-    ) -> list[Query | PackedContext | LatentContext | None]:
-        """Per query: a Query retrieves again, a PackedContext or LatentContext is read again, None stops."""
+    def again(self, contexts: Sequence[PackedContext], answers: Sequence[Answer], pass_no: int) -> list[Next]:
+        """Per query: a Query retrieves again, a PackedContext or LatentContext is read again, None stops.
+
+        The text of a Query is what is searched for; what is found is re-ranked, packed and read for the question as it
+        was asked. `contexts` are the last packed ones: those that the vectors of a latent pass came from.
+        """
+        ...
+
+
+@runtime_checkable
+class SaysWhy(Protocol):
+    """A recursion that sees all passes of a question, and notes why it decided as it did."""
+
+    def decide(
+        self, passes: Sequence[Sequence[tuple[PackedContext, Answer]]], pass_no: int
+    ) -> list[tuple[Next, Mapping[str, object]]]:
+        """As `Recursion.again`, which sees the last pass alone; the notes are JSON values for the trace."""
         ...

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from odqa.frozen.blackbox import SearchSettings
     from odqa.frozen.fit import FitSettings
     from odqa.frozen.method import Method
-    from odqa.read.adapt import ContextBatches, TuneSet
+    from odqa.lm.mixture import Mixture
+    from odqa.read.adapt import Again, ContextBatches, TuneSet
     from odqa.retrieve.train import Asked
     from odqa.types import Gold, Passage, Query
 
@@ -152,6 +153,8 @@ def train(
         return _average(recipe, recipe.settings, places, folder, log)
     if isinstance(recipe.settings, config.LmReaderTraining):
         return _train_lm_reader(recipe, recipe.settings, places, folder, log)
+    if isinstance(recipe.settings, config.MixtureTraining):
+        return _train_mixture(recipe, recipe.settings, places, folder, log)
     if isinstance(recipe.settings, config.LmTraining):
         return _pretrain_lm(recipe, recipe.settings, places, folder, log)
     if isinstance(recipe.settings, config.ReaderTraining):
@@ -483,6 +486,122 @@ def _pretrain_lm(recipe: Recipe, settings: config.LmTraining, places: Places, fo
     return load_artifact(folder, kind)
 
 
+def _train_mixture(
+    recipe: Recipe, settings: config.MixtureTraining, places: Places, folder: Path, log: Log
+) -> Artifact:
+    import torch
+
+    from odqa.frozen.finetuning import FineTuning
+    from odqa.frozen.fit import FitSettings
+    from odqa.frozen.method import create_method
+    from odqa.lm.mixture import Exam, ItemBatches, by_name, encoder_of, train_on_mixture
+    from odqa.read import adapt
+    from odqa.read.lm import load_lm
+    from odqa.runtime import has_fast_bf16, peak_memory_bytes
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    setup = MixtureSetup(settings.mixture, places)
+    backbone = load_lm(settings.model, device=settings.device, dtype="float32")
+    inputs = setup.inputs() | {"backbone": backbone.fingerprint}
+    found = finished_artifact(folder, adapt.KIND, recipe, log)
+    if found is not None and found.manifest["inputs"] == inputs:
+        log(f"{folder}: trained already")
+        return found
+    named = settings.method
+    method = create_method(named.kind, backbone, **named.model_dump(mode="json", exclude={"kind"}))
+    exam = Exam.draw(setup.mixture(encoder_of(backbone), testing=True), settings.test_items)
+    batches = ItemBatches(backbone, setup.mixture(encoder_of(backbone)), settings.mixture.items)
+    tasks = [item.task for item in exam.items]
+
+    def evaluate() -> dict[str, float]:
+        found = exam.scores(backbone, method)
+        return {f"em.{task}": score for task, score in by_name(tasks, found).items()}
+
+    autocast = has_fast_bf16() or backbone.device.type != "cpu" if settings.autocast is None else settings.autocast
+    fit_settings = FitSettings(**settings.fit.model_dump(), autocast=autocast)
+    kind, scratch = adapt.KIND, (adapt.CHECKPOINT,)
+    with building(folder, kind, recipe=recipe.resolved, inputs=inputs, scratch=scratch, unlisted=(PICTURE,)) as draft:
+        count = method.count(backbone)
+        result = train_on_mixture(
+            backbone,
+            method,
+            batches,
+            fit_settings,
+            checkpoint=draft.path / adapt.CHECKPOINT,
+            evaluate=evaluate,
+            log=log,
+        )
+        method.save(draft.path, dtype=torch.float16 if settings.stored == "float16" else torch.float32)
+        draft.write_json("curve.json", [{k: v for k, v in e.items() if k != "seconds"} for e in result.curve])
+        draft.counts |= {
+            "trainable": count.trainable,
+            "frozen": 0 if isinstance(method, FineTuning) else count.frozen,
+            "items_seen": result.curve[-1]["step"] * fit_settings.accumulate * settings.mixture.items,
+        }
+        draft.extra["backbone"] = {"name": backbone.name, "fingerprint": backbone.fingerprint}
+        draft.extra |= {"held_out": list(settings.mixture.held_out), "warnings": result.warnings}
+        draft.measured |= {"training_seconds": round(result.seconds, 1), "peak_memory_bytes": peak_memory_bytes()}
+        _draw_curves(draft.path, {recipe.name: _curve(draft.path)}, log)
+    return load_artifact(folder, kind)
+
+
+class MixtureSetup:
+    """What a mixture recipe names: templates, and articles to train on and to test on."""
+
+    def __init__(self, settings: config.MixtureRecipe, places: Places) -> None:
+        from odqa.corpus.examples import read_solved
+        from odqa.corpus.io import read_passages
+        from odqa.lm.mixture import read_templates, split_articles
+
+        self.settings = settings
+        self.templates_recipe = load_recipe(places.file(settings.templates), "templates")
+        templates = self.templates_recipe.settings
+        assert isinstance(templates, config.Templates)
+        where = str(self.templates_recipe.path)
+        self.templates = read_templates(templates.tasks, where)
+        for key, names in (("held_out", settings.held_out), ("shares", settings.shares)):
+            if unknown := [name for name in names if name not in self.templates]:
+                raise RecipeError(f"mixture.{key}: {unknown[0]} is no task of {where} ({', '.join(self.templates)}).")
+        self.files = {name: places.file(name) for name in (*settings.passages, settings.train)}
+        passages = [passage for name in settings.passages for passage in read_passages(self.files[name])]
+        examples = list(read_solved(self.files[settings.train], sources=settings.sources))
+        self.corpora = split_articles(passages, examples, settings.test_share)
+
+    def inputs(self) -> dict[str, Any]:
+        """What the manifest says was read."""
+        files = {name: describe_file(name, path)["sha256"] for name, path in self.files.items()}
+        return {**files, "templates": self.templates_recipe.hash}
+
+    @property
+    def trained(self) -> list[str]:
+        """The tasks that are trained on."""
+        return [name for name in self.templates if name not in self.settings.held_out]
+
+    def mixture(
+        self,
+        encode: "Callable[[str], list[int]]",
+        *,
+        testing: bool = False,
+        tasks: Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> "Mixture":
+        """To train on; or, for testing, of all tasks, under other templates and from other articles."""
+        from odqa.lm.mixture import Mixture
+
+        settings = self.settings
+        names = tasks or (list(self.templates) if testing else self.trained)
+        return Mixture(
+            self.corpora[testing],
+            {name: wordings.test if testing else wordings.train for name, wordings in self.templates.items()},
+            encode,
+            {name: 1.0 if testing else settings.shares.get(name, 1.0) for name in names},
+            longest=settings.longest,
+            examples=None if testing else settings.examples,
+            seed=settings.seed if seed is None else seed,
+        )
+
+
 LANGUAGE_MODEL = "language-model"  # the kind of what a pre-training makes
 HEADS = ("head.safetensors",)  # of readers and re-rankers alike
 
@@ -585,8 +704,10 @@ class _LmSetup:
         import torch
 
         from odqa.frozen.fit import FitSettings
+        from odqa.pipeline import Pipeline
         from odqa.read.lm import LmReader
-        from odqa.recipes import build_packer, build_reader, build_reranker
+        from odqa.recipes import build_packer, build_reader, build_reranker, with_recursion
+        from odqa.recurse import CandidateRecursion, read_again
         from odqa.runtime import has_fast_bf16
 
         self.settings, self.places = settings, places
@@ -597,7 +718,15 @@ class _LmSetup:
             raise RecipeError(
                 f"{settings.pipeline}: a method is trained for a reader of kind lm that reads its passages together."
             )
-        if pipeline.reader.method is not None:
+        trained = pipeline.second_reader if settings.second else pipeline.reader
+        if settings.second and not (
+            isinstance(pipeline.recursion, config.TextualRecursion) and pipeline.recursion.below is None
+        ):
+            raise RecipeError(
+                f"{settings.pipeline}: a second reader is trained for a textual recursion that reads all questions "
+                "again. Give it one, without below."
+            )
+        if not isinstance(trained, config.LmReaderSettings) or trained.method is not None:
             raise RecipeError(f"{settings.pipeline}: its reader has a method already. Name the pipeline without one.")
         names = (settings.train, *settings.passages, *(tune.file for tune in settings.tune))
         self.files = {name: places.file(name) for name in names}
@@ -606,11 +735,17 @@ class _LmSetup:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         # By gradients the model trains in float32 (in bfloat16 under autocast), whatever the pipeline reads in.
-        changes = {"dtype": "float32", "batch_size": 16} if settings.fit is not None else {}
-        reader = build_reader(pipeline.reader.model_copy(update=changes), places)
+        update = {"dtype": "float32", "batch_size": 16} if settings.fit is not None else {}
+        pipeline = pipeline.model_copy(update={"reader": pipeline.reader.model_copy(update=update)})
+        reader = build_reader(pipeline.reader, places, is_shared=settings.second)
         assert isinstance(reader, LmReader)
         reranker = build_reranker(pipeline.reranker, places) if pipeline.packer.needs_reranker else None
         self.reader, self.packer = reader, build_packer(pipeline.packer, reader, reranker)
+        self.again: Again | None = None
+        if settings.second:
+            made = with_recursion(Pipeline(reader, self.packer, None, reranker), pipeline, places)
+            assert isinstance(made.rereader, LmReader) and isinstance(made.recursion, CandidateRecursion)
+            self.reader, self.again = made.rereader, read_again(reader, made.recursion)
         on_cpu = reader.backbone.device.type == "cpu"
         autocast = has_fast_bf16() or not on_cpu if settings.autocast is None else settings.autocast
         self.fit = None if settings.fit is None else FitSettings(**settings.fit.model_dump(), autocast=autocast)
@@ -629,6 +764,9 @@ class _LmSetup:
 
         inputs: dict[str, Any] = {name: describe_file(name, path)["sha256"] for name, path in self.files.items()}
         inputs |= {"backbone": self.reader.backbone.fingerprint, "pipeline": self.pipeline.hash}
+        first = self.pipeline.settings.reader.method if self.settings.second else None  # type: ignore[attr-defined]
+        if first is not None:
+            inputs["first"] = sha256_file(self.places.file(first) / TENSORS)
         if self.rankings is not None:
             inputs["rankings"] = load_artifact(self.rankings, RANKINGS).hash
         if self.start is not None:
@@ -647,7 +785,8 @@ class _LmSetup:
         for chosen in self.settings.tune:
             file = self.files[chosen.file]
             pairs = list(zip(read_questions(file), read_gold(file), strict=True))[: chosen.limit]
-            tune[chosen.name] = TuneSet.pack(self.packer, pairs, ranker.rank([query for query, _ in pairs]))
+            hits = ranker.rank([query for query, _ in pairs])
+            tune[chosen.name] = TuneSet.pack(self.packer, pairs, hits, again=self.again)
         return tune
 
     def batches(self) -> "ContextBatches":
@@ -660,7 +799,7 @@ class _LmSetup:
         mined = None if self.rankings is None else read_rankings(self.rankings)
         examples = list(read_examples(self.files[self.settings.train], passages, mined))
         contexts = ContextSettings(**self.settings.contexts.model_dump())
-        return ContextBatches(self.reader, self.packer, examples, contexts)
+        return ContextBatches(self.reader, self.packer, examples, contexts, again=self.again)
 
     def method(self) -> "Method":
         """The method to be trained, fresh or as `start` has it."""

@@ -77,7 +77,8 @@ class PackedContext:
     in, from 1 and never falling; each window is read by itself, with the question (empty: all in one). `tokens` counts
     every token given to the reader over all its forward passes (question, separators and titles included); never more
     than `budget`. `text` is the context as a generative reader's prompt shows it; a reader that sees passages apart
-    uses `hits`.
+    uses `hits`. `candidates` are answers of an earlier pass that the prompt shows beside the question; they count in
+    `tokens`, and `budget` is the packer's with what they cost on top.
     """
 
     query: Query
@@ -88,6 +89,7 @@ class PackedContext:
     dropped: tuple[Dropped, ...] = ()
     ranks: tuple[int, ...] = ()
     windows: tuple[int, ...] = ()
+    candidates: tuple[str, ...] = ()
 
     def by_window(self) -> list[tuple[Hit, ...]]:
         """The packed passages of each window; one window without passages if nothing was packed."""
@@ -121,6 +123,20 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """A text drawn from a reader: cleaned as an answer is (may be empty), `logprob` in nats over its `tokens`."""
+
+    text: str
+    logprob: float
+    tokens: int
+
+    @property
+    def mean_logprob(self) -> float:
+        """Nats a token."""
+        return self.logprob / self.tokens
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """A reader's answer to one query; an empty `text` means that it abstained. `score` is a log-probability in nats.
 
@@ -141,9 +157,10 @@ class Step:
     """What one stage did for one query in one pass.
 
     `seconds` is this query's share of a batch of `batch` queries; NaN if the stage did not run here, because its result
-    was taken from another run. `ids`, `scores` and `tokens` go together, best first: passages for retrieve, rerank and
-    pack (tokens only for pack), nothing for read. `notes` holds what a stage wants explained, such as why passages were
-    dropped. `sources` go with the ids of retrieve and rerank: which stage gave each score.
+    was taken from another run. `ids`, `scores` and `tokens` go together, best first: passages for retrieve, fuse,
+    rerank and pack (tokens only for pack), nothing for recurse and read. `notes` holds what a stage wants explained,
+    such as why passages were dropped. `sources` go with the ids of retrieve, fuse and rerank: which stage gave each
+    score.
     """
 
     stage: str

@@ -9,6 +9,8 @@
     python scripts/bench.py precision INDEX_RECIPE QUESTIONS... [--data DIR]
     python scripts/bench.py sharing [EVAL_RECIPE] [--limit N]
     python scripts/bench.py pipeline --peers PYTHON [--data DIR] [--work FOLDER --minutes N]
+    python scripts/bench.py serve [--model MODEL] [--clients 64 --seconds 120]
+    python scripts/bench.py remote [--model MODEL] [--calls 400]
     python scripts/bench.py quantised FACTORY... [--data DIR] [--index INDEX_FOLDER]
     python scripts/bench.py scale PASSAGES... [--data DIR] [--stages NAMES]
     python scripts/bench.py bm25 --data DIR [--peers PYTHON]
@@ -34,16 +36,18 @@ from benchmarks import (
     precision,
     prompt,
     quantised,
+    remote,
     rerank,
     retrieval,
     scale,
+    serve,
     sharing,
 )
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for module in (
     *(dump, multistream, bm25, retrieval, quantised, scale, precision),
-    *(rerank, prompt, bank, latency, sharing, pipeline),
+    *(rerank, prompt, bank, latency, sharing, pipeline, serve, remote),
 ):
     name = module.__name__.rpartition(".")[2]
     app.command(name, help=module.__doc__)(getattr(module, name))

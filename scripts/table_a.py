@@ -38,7 +38,7 @@ from odqa.frozen.fit import rates_around
 from odqa.frozen.method import load_method
 from odqa.lm.pretrain import IGNORED, Mix, MixSettings, TokenBatch
 from odqa.lm.tasks import Corpus
-from odqa.models import embedded_folder
+from odqa.models import MINILM, embedded_folder
 from odqa.read.lm import LmReader
 from odqa.recipes import Places, Recipe, build_reader, load_recipe
 from odqa.report import Table
@@ -90,10 +90,11 @@ ROWS = (
     Row("prefix-tuning", {"kind": "prefix-tuning", "length": 50}, 3e-4),
     Row("lora", {"kind": "lora", "rank": 16, "alpha": 32}, 1e-3),
     Row("adapter", {"kind": "adapter", "rank": 16}, 1e-3),
+    Row("id-pt", {"kind": "id-pt", "length": 50, "encoder": MINILM}, 3e-3),
     Row("fine-tuning", {"kind": "fine-tuning"}, 1e-4),
     Row("random-prompt-50", prompt(50), 0.003, is_random=True),
 )
-SWEPT = ("prompt-50", "deep-prompt", "prefix-tuning", "lora", "adapter", "fine-tuning")  # one row of each kind
+SWEPT = ("prompt-50", "deep-prompt", "prefix-tuning", "lora", "adapter", "id-pt", "fine-tuning")  # one row of each kind
 TABLES = {
     "table-a": tuple(row.name for row in ROWS),
     "table-d": ("none", "prompt-50", "deep-prompt", "lora", "fine-tuning"),

@@ -18,9 +18,11 @@ from odqa.config.index import (
     SentenceWindow,
     Vectors,
 )
-from odqa.config.labs import BlackboxLab, Claim, Lab, LabFigure
+from odqa.config.instructions import MixtureRecipe, MixtureTraining, TaskTemplates, Templates
+from odqa.config.labs import BlackboxLab, Claim, IdptLab, Lab, LabFigure, ProbesLab, TasksLab
 from odqa.config.pipeline import (
     AlphaHybridRetriever,
+    AnyReader,
     AnyRetriever,
     ApiReaderSettings,
     Bm25Retriever,
@@ -39,6 +41,7 @@ from odqa.config.pipeline import (
     SpanReaderSettings,
     TrimSettings,
 )
+from odqa.config.recursion import AnyRecursion, RetrievalRecursion, TextualRecursion
 from odqa.config.training import (
     AdapterSettings,
     AnyMethod,
@@ -54,6 +57,7 @@ from odqa.config.training import (
     FineTuningSettings,
     FitRecipe,
     GroupRecipe,
+    InputPromptSettings,
     LmFit,
     LmReaderTraining,
     LmTraining,
@@ -81,8 +85,13 @@ RECIPES: dict[str, type[Settings]] = {
     "train-average": ModelAverage,
     "train-lm": LmTraining,
     "train-lm-reader": LmReaderTraining,
+    "train-mixture": MixtureTraining,
+    "templates": Templates,
     "mine": Mining,
     "lab-blackbox": BlackboxLab,
+    "lab-idpt": IdptLab,
+    "lab-tasks": TasksLab,
+    "lab-probes": ProbesLab,
 }
 
 __all__ = [
@@ -91,6 +100,8 @@ __all__ = [
     "AlphaHybridRetriever",
     "AnalyzerSettings",
     "AnyMethod",
+    "AnyReader",
+    "AnyRecursion",
     "AnyRetriever",
     "ApiReaderSettings",
     "AveragedPart",
@@ -124,7 +135,9 @@ __all__ = [
     "GivenVectors",
     "GroupRecipe",
     "HybridRetriever",
+    "IdptLab",
     "IndexRecipe",
+    "InputPromptSettings",
     "Lab",
     "LabFigure",
     "LmFit",
@@ -135,10 +148,13 @@ __all__ = [
     "LuceneAnalyzerSettings",
     "Mining",
     "MixRecipe",
+    "MixtureRecipe",
+    "MixtureTraining",
     "ModelAverage",
     "PackerSettings",
     "PipelineRecipe",
     "PrefixTuningSettings",
+    "ProbesLab",
     "PromptTuningSettings",
     "Published",
     "QuestionLikelihood",
@@ -148,9 +164,14 @@ __all__ = [
     "RerankLoss",
     "RerankerSettings",
     "RerankerTraining",
+    "RetrievalRecursion",
     "SentenceWindow",
     "Settings",
     "SpanReaderSettings",
+    "TaskTemplates",
+    "TasksLab",
+    "Templates",
+    "TextualRecursion",
     "TrimSettings",
     "TuneSet",
     "Variant",

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from odqa.config.base import Settings
+from odqa.config.instructions import MixtureRecipe
 
 
 class Claim(Settings):
@@ -31,8 +32,11 @@ class LabFigure(Settings):
     """How a figure of a lab is drawn; its curves come from the lab, by the figure's name."""
 
     x_label: str
-    y_label: str
+    y_label: str = ""
     x_scale: Literal["linear", "log"] = "linear"
+    panels: dict[str, str] = Field(
+        {}, description="y labels by the names of curves that are drawn side by side, in place of the figure's own"
+    )
 
 
 class Lab(Settings):
@@ -75,3 +79,60 @@ class BlackboxLab(Lab):
         if self.length % 2 == 0:
             raise ValueError(f"length is {self.length}; it must be odd, or texts have no majority.")
         return self
+
+
+class IdptLab(Lab):
+    """Tasks that only unknown words name, see `odqa.labs.idpt`. Sizes and rates are our choice."""
+
+    kind: Literal["lab-idpt"]
+    width: int = Field(96, ge=8)
+    layers: int = Field(3, ge=1)
+    model_steps: int = Field(1500, ge=10)
+    model_rate: float = Field(2e-3, gt=0)
+    encoder_width: int = Field(64, ge=8)
+    encoder_steps: int = Field(600, ge=10)
+    masked: float = Field(0.25, gt=0, lt=1, description="share of the words that the encoder has to restore")
+    length: int = Field(5, ge=1, description="vectors of a prompt")
+    encoder_length: int = Field(4, ge=1)
+    inner: int = Field(64, ge=4)
+    steps: int = Field(1000, ge=10)
+    batch: int = Field(64, ge=1)
+    rate: float = Field(5e-3, gt=0, description="learning rate of the generators")
+    prompt_rate: float = Field(0.03, gt=0, description="learning rate of the prompts")
+    test: int = Field(300, ge=1, description="texts of each task")
+
+
+class TasksLab(Lab):
+    """Many tasks that only their wording tells apart, on a real model, see `odqa.labs.tasks`. Values are our choice."""
+
+    kind: Literal["lab-tasks"]
+    model: str = "embedded:odqa-mini-1"
+    encoder: str | None = Field("embedded:all-MiniLM-L6-v2", description="reads for ID-PT; null: the model's own")
+    mixture: MixtureRecipe
+    length: int = Field(20, ge=1, description="vectors of a prompt")
+    encoder_length: int = Field(10, ge=1)
+    inner: int = Field(64, ge=4)
+    steps: int = Field(400, ge=8)
+    prompt_rate: float = Field(3e-3, gt=0)
+    rate: float = Field(3e-3, gt=0, description="learning rate of the generator")
+    tuning_rate: float = Field(1e-4, gt=0, description="learning rate of fine-tuning")
+    test_items: int = Field(60, ge=1, description="of each task")
+    curve_items: int = Field(12, ge=1, description="of each task, other ones, for the learning curve")
+    curve_points: int = Field(8, ge=1)
+    threads: int | None = Field(1, ge=1)
+
+
+class ProbesLab(Lab):
+    """What every layer of frozen models knows, see `odqa.labs.probes`. Values are our choice."""
+
+    kind: Literal["lab-probes"]
+    models: tuple[str, ...] = Field(("embedded:all-MiniLM-L6-v2", "embedded:odqa-mini-1"), min_length=1)
+    train: str = Field(description="jsonl of reading examples")
+    sources: tuple[str, ...] = Field(min_length=1, description="the sources of examples that are used, and no other")
+    probes: tuple[Literal["linear", "mlp"], ...] = Field(
+        ("linear", "mlp"), min_length=1, description="the first is drawn"
+    )
+    steps: int = Field(300, ge=1, description="of a probe's training")
+    train_items: int = Field(900, ge=8)
+    test_items: int = Field(400, ge=8)
+    threads: int | None = Field(1, ge=1)

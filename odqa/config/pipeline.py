@@ -3,9 +3,10 @@
 import itertools
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
-from odqa.config.base import Settings
+from odqa.config.base import GrownSettings, Settings
+from odqa.config.recursion import AnyRecursion, RetrievalRecursion, TextualRecursion
 
 
 class Bm25Retriever(Settings):
@@ -285,8 +286,13 @@ class ApiReaderSettings(Settings):
         return self
 
 
-class PipelineRecipe(Settings):
+AnyReader = SpanReaderSettings | LmReaderSettings | ApiReaderSettings
+
+
+class PipelineRecipe(GrownSettings):
     """How questions are answered. Without `index` and `retriever` it is closed-book."""
+
+    LATER = frozenset({"recursion"})
 
     kind: Literal["pipeline"]
     index: str | None = Field(None, description="an index recipe, or the folder of an index")
@@ -294,7 +300,10 @@ class PipelineRecipe(Settings):
     k: int = Field(100, ge=1, description="passages that leave the retriever")
     reranker: RerankerSettings | None = None
     packer: PackerSettings = PackerSettings()
-    reader: Annotated[SpanReaderSettings | LmReaderSettings | ApiReaderSettings, Field(discriminator="kind")]
+    reader: Annotated[AnyReader, Field(discriminator="kind")]
+    recursion: Annotated[AnyRecursion, Field(discriminator="kind")] | None = Field(
+        None, description="what happens after a pass; null: one pass"
+    )
     batch: int = Field(64, ge=1, description="questions that go through the stages together in run and eval")
 
     @model_validator(mode="after")
@@ -321,4 +330,60 @@ class PipelineRecipe(Settings):
             raise ValueError(
                 f"packer.windows is {self.packer.windows}, but this reader sees every passage apart. Set windows: 1."
             )
+        return self
+
+    @property
+    def second_reader(self) -> "LmReaderSettings | ApiReaderSettings | None":
+        """Who reads candidates, or says what is missing; None without such a recursion."""
+        match self.recursion:
+            case TextualRecursion(reader=changes):
+                return self._reader_with(changes, {})
+            case RetrievalRecursion(asks=dict() as changes):
+                # What was trained for answering is no help in asking.
+                return self._reader_with(changes, {"prompt": "missing-passage", "template": {}, "method": None})
+            case _:
+                return None
+
+    def _reader_with(self, changes: dict[str, Any], other: dict[str, Any]) -> LmReaderSettings | ApiReaderSettings:
+        """The first reader with these settings changed; a reader of its own if they name a kind."""
+        kinds: dict[str, type[LmReaderSettings | ApiReaderSettings]] = {
+            "lm": LmReaderSettings,
+            "api": ApiReaderSettings,
+        }
+        own = changes.get("kind", self.reader.kind)
+        if own not in kinds:
+            raise ValueError(f"a {own} reader writes nothing. Name all settings of one that does, with kind: lm.")
+        like = {} if own != self.reader.kind else self.reader.model_dump(exclude_unset=True)
+        try:
+            other = {name: value for name, value in other.items() if name in kinds[own].model_fields}
+            return kinds[own].model_validate({**like, **other, "kind": own, **changes})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            known = ", ".join(kinds[own].model_fields)
+            unknown = f"{where} is not a setting of {own} ({known})."
+            raise ValueError(unknown if first["type"] == "extra_forbidden" else f"{where}: {first['msg']}.") from None
+
+    @model_validator(mode="after")
+    def _check_recursion(self) -> Self:
+        match self.recursion:
+            case None:
+                return self
+            case RetrievalRecursion(query=query) if self.retriever is None:
+                raise ValueError("recursion of kind retrieval needs a retriever. Name one, or use kind: textual.")
+            case RetrievalRecursion(query=query):
+                left = query.replace("{question}", "").replace("{answer}", "")
+                if "{answer}" not in query or "{" in left or "}" in left:
+                    raise ValueError(
+                        f"recursion.query is {query!r}; fields are {{question}} and {{answer}}, the latter a must."
+                    )
+            case TextualRecursion(source="samples") if self.reader.kind != "lm":
+                raise ValueError(
+                    f"recursion.source is samples, and a {self.reader.kind} reader draws none. Set source: reader."
+                )
+            case _:
+                pass
+        second = self.second_reader
+        if isinstance(second, ApiReaderSettings) and self.recursion.kind == "textual":
+            raise ValueError("recursion.reader: a reader of kind api shows no candidates. Use kind: lm.")
         return self

@@ -75,6 +75,19 @@ class DeepPromptSettings(Settings):
     seed: int = 0
 
 
+class InputPromptSettings(Settings):
+    """ID-PT: a frozen encoder and a small network write a prompt for each text from that text (arXiv 2204.10019)."""
+
+    kind: Literal["id-pt"]
+    length: int = Field(50, ge=1, description="vectors before the text, whatever its length")
+    encoder: str | None = Field(None, description="the frozen model that reads the text; null: the backbone's own")
+    encoder_length: int = Field(10, ge=1, description="learned vectors before the text in the encoder")
+    inner: int = Field(64, ge=1, description="width of the attention from prompt to text, a multiple of heads")
+    heads: int = Field(4, ge=1)
+    read: int | None = Field(None, ge=1, description="tokens that the encoder reads, from the text's beginning")
+    seed: int = 0
+
+
 class FineTuningSettings(Settings):
     """All weights: the baseline."""
 
@@ -291,6 +304,7 @@ AnyMethod = (
     | PrefixTuningSettings
     | LoraSettings
     | AdapterSettings
+    | InputPromptSettings
     | FineTuningSettings
 )
 
@@ -329,10 +343,15 @@ class LmReaderTraining(GrownSettings):
     gradients (`fit`) or by another trainer.
     """
 
-    LATER = frozenset({"trainer"})
+    LATER = frozenset({"second", "trainer"})
 
     kind: Literal["train-lm-reader"]
     pipeline: str
+    second: bool = Field(
+        False,
+        description="train the second reader of the pipeline's textual recursion, on candidates that the first one "
+        "samples for the training questions",
+    )
     method: Annotated[AnyMethod, Field(discriminator="kind")]
     train: str = Field(description="training examples: jsonl, or DPR's training json")
     passages: tuple[str, ...] = Field((), description="files that hold the passages that examples and rankings name")

@@ -32,6 +32,9 @@ The funnel gives each question exactly one outcome. A wrong one belongs to the s
     correct                   right, and a packed passage holds an answer (or rightly abstained)
     correct without evidence  right, though no packed passage holds an answer: known by heart, or guessed
 
+Beside the funnel, a run of several passes says of each of them how many questions it read, `mended by pass 2` (wrong
+before it, right after it) and `undone by pass 2` (the reverse), which the outcomes of the last pass cannot tell.
+
 So recall_in_context is the share of `correct`, `misread` and those `undone by a re-pass` that had their evidence. In a
 closed-book run a question is `correct without evidence` or `not retrieved`.
 

@@ -1,7 +1,7 @@
 """One question judged: its trace beside its gold answers, with the one outcome that says where the answer was lost."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from odqa.evaluate.selective import Decision
@@ -18,6 +18,7 @@ Outcome = Literal[
     "correct without evidence",
 ]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+ORACLE = "oracle over the samples"
 TextOf = Callable[[str], str]
 
 
@@ -28,7 +29,9 @@ class QuestionResult:
     Ranks count from 1 and are those of the first passage with an answer in the first pass, None if there is none. `f1`
     is 0 to 1, None against patterns. `tokens` is summed over `passes`. `confidence` is the reader's in its best answer,
     and `best_is_right` says whether that answer is, be it given or withheld; None: the reader is not calibrated.
-    `in_collection` says whether any passage of the collection holds an answer; None: nobody has looked.
+    `in_collection` says whether any passage of the collection holds an answer; None: nobody has looked. `right` says of
+    each pass whether its answer is; empty for one pass, where `em` does. `picks` says of each way to choose among the
+    candidates of a second pass whether its choice is right.
     """
 
     id: str
@@ -46,10 +49,24 @@ class QuestionResult:
     confidence: float | None = None
     best_is_right: bool | None = None
     in_collection: bool | None = None
+    right: tuple[bool, ...] = ()
+    picks: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def is_answerable(self) -> bool:
         return bool(self.answers)
+
+    def mended_by(self, pass_no: int) -> bool:
+        """Whether this pass put right what the one before had wrong."""
+        return self._change(pass_no) == (False, True)
+
+    def undone_by(self, pass_no: int) -> bool:
+        """Whether this pass put wrong what the one before had right."""
+        return self._change(pass_no) == (True, False)
+
+    def _change(self, pass_no: int) -> tuple[bool, ...]:
+        """Whether the answer was right before a pass and after it; empty if there was no such pass."""
+        return self.right[pass_no - 2 : pass_no] if 2 <= pass_no <= len(self.right) else ()
 
     @property
     def decision(self) -> "Decision | None":
@@ -84,7 +101,20 @@ def judge(
         confidence=trace.answer.confidence,
         best_is_right=None if trace.answer.confidence is None else _best_is_right(trace.answer, gold, matcher),
         in_collection=in_collection,
+        right=tuple(right) if len(right) > 1 else (),
+        picks=_picks(trace, gold, matcher),
     )
+
+
+def _picks(trace: Trace, gold: Gold, matcher: Matcher) -> dict[str, bool]:
+    """What could have been chosen among the candidates that a second pass was shown, and whether it is right."""
+    step = first_step(trace.steps, "recurse")
+    if step is None or not isinstance(picks := step.notes.get("picks"), Mapping):
+        return {}
+    drawn = step.notes.get("candidates")
+    texts = [one["text"] for one in drawn if isinstance(one, Mapping)] if isinstance(drawn, list) else []
+    found = {name: exact_match(text, gold.answers, matcher) for name, text in picks.items()}
+    return {**found, ORACLE: any(exact_match(text, gold.answers, matcher) for text in texts)}
 
 
 def _best_is_right(answer: Answer, gold: Gold, matcher: Matcher) -> bool:
@@ -134,7 +164,8 @@ def _outcome(trace: Trace, finder: _Finder, right: Sequence[bool], in_context: b
 
 def _loss(steps: Sequence[Step], finder: _Finder) -> Outcome:
     """Where one pass lost the answer, given that it did not pack it."""
-    retrieved = [rank for step in steps if step.stage == "retrieve" if (rank := finder.rank(step.ids)) is not None]
+    came = [step for step in steps if step.stage == "fuse"] or [step for step in steps if step.stage == "retrieve"]
+    retrieved = [rank for step in came if (rank := finder.rank(step.ids)) is not None]
     if not retrieved:
         return "not retrieved"
     reranked = first_step(steps, "rerank")

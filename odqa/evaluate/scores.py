@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from odqa.errors import DataError
@@ -30,6 +30,15 @@ class Score:
     @property
     def unit(self) -> str:
         return Metric.parse(self.name).unit
+
+
+@dataclass(frozen=True, slots=True)
+class RePass:
+    """Questions that a pass after the first read again, put right, and put wrong."""
+
+    read: int
+    mended: int
+    undone: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,35 @@ class Evaluation:
         counts = Counter(question.outcome for question in self.questions)
         return {outcome: counts[outcome] for outcome in OUTCOMES}
 
+    @property
+    def re_passes(self) -> dict[int, "RePass"]:
+        """What each pass after the first did, by its number; empty for a run of one pass."""
+        last = max((question.passes for question in self.questions), default=1)
+        return {
+            number: RePass(
+                sum(question.passes >= number for question in self.questions),
+                sum(question.mended_by(number) for question in self.questions),
+                sum(question.undone_by(number) for question in self.questions),
+            )
+            for number in range(2, last + 1)
+        }
+
+    @property
+    def picks(self) -> dict[str, float]:
+        """Exact match in percent of ways to choose among the samples of a second pass; empty without one.
+
+        Of a question without samples (it was not read again) the first answer counts.
+        """
+        names = list(dict.fromkeys(name for question in self.questions for name in question.picks))
+        if not names:
+            return {}
+        first = [question.right[0] if question.right else question.em for question in self.questions]
+        rights = {
+            name: [q.picks.get(name, right) for q, right in zip(self.questions, first, strict=True)] for name in names
+        }
+        rights = {"first pass": first, **rights, "last pass": [question.em for question in self.questions]}
+        return {name: 100 * sum(right) / len(right) for name, right in rights.items()}
+
     def score(self, name: str) -> Score:
         """Raises DataError with the metrics that were measured."""
         metric = str(Metric.parse(name))
@@ -90,6 +128,12 @@ class Evaluation:
             "interval": {"kind": "percentile bootstrap, 95%", "seed": self.seed, "resamples": self.resamples},
             "scores": [_score_to_json(score) for score in self.scores],
             "funnel": self.funnel,
+            **(
+                {"re_passes": {str(n): asdict(found) for n, found in again.items()}}
+                if (again := self.re_passes)
+                else {}
+            ),
+            **({"picks": {name: round(em, 4) for name, em in picks.items()}} if (picks := self.picks) else {}),
             "selective": None if (selective := self.selective) is None else selective.to_json(),
             "notes": list(self.notes),
             "questions": [_question_to_json(question) for question in self.questions],
@@ -109,7 +153,10 @@ class Evaluation:
                 matcher=record["matcher"],
                 scores=tuple(Score(**score, **where) for score in record["scores"]),
                 questions=tuple(
-                    QuestionResult(**{"final_rank": item[final], **item, "answers": tuple(item["answers"])})
+                    QuestionResult(
+                        **{"final_rank": item[final], **item, "answers": tuple(item["answers"])}
+                        | {"right": tuple(item.get("right", ()))}
+                    )
                     for item in record["questions"]
                 ),
                 budget=record["budget"],
@@ -329,4 +376,6 @@ def _question_to_json(question: QuestionResult) -> dict[str, Any]:
         "confidence": None if question.confidence is None else round(question.confidence, 6),
         "best_is_right": question.best_is_right,
         **({} if question.in_collection is None else {"in_collection": question.in_collection}),
+        **({"right": list(question.right)} if question.right else {}),
+        **({"picks": dict(question.picks)} if question.picks else {}),
     }

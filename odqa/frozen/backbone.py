@@ -11,7 +11,7 @@ import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -54,7 +54,7 @@ class Backbone:
     """A frozen model with its tokenizer.
 
     `fingerprint` is that of the weights as stored on disk, before any cast to a compute type: the name by which method
-    artifacts know their backbone. `name` is what the recipe said.
+    artifacts know their backbone. `name` is what the recipe said. `source_lengths`: see `reading`.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Backbone:
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     fingerprint: str
+    source_lengths: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -99,6 +100,19 @@ class Backbone:
         vectors: torch.Tensor = self.model.get_input_embeddings()(ids)
         return vectors
 
+    @contextmanager
+    def reading(self, sources: Tokens) -> Iterator[None]:
+        """Say inside the block where the sources of a causal model's rows end, for methods that may read no further.
+
+        Its rows hold source and target, or what is being written, one behind the other. The calls below say it; who
+        calls the model itself with targets, or its `generate` without a cache, has to.
+        """
+        before, self.source_lengths = self.source_lengths, tuple(len(source) for source in sources)
+        try:
+            yield
+        finally:
+            self.source_lengths = before
+
     def encode(self, sources: Tokens, *, padding: Side = "right") -> Encoded:
         """Run the encoder of an encoder-decoder over token ids; positions count text, wherever the padding is."""
         ids, mask = self._tensors(sources, padding)
@@ -130,7 +144,8 @@ class Backbone:
             states: torch.Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
             return states
         rows = [[*source, *target] for source, target in zip(sources, targets or [()] * len(sources), strict=True)]
-        return self._continue(*self._tensors(rows, padding or "left"))
+        with self.reading(sources):
+            return self._continue(*self._tensors(rows, padding or "left"))
 
     def token_losses(
         self, sources: "Tokens | Encoded", targets: Tokens, *, padding: Side | None = None
@@ -181,7 +196,8 @@ class Backbone:
             if padding == "right":
                 raise ValueError("generate: a causal model writes at the end of a row; pad on the left")
             ids, mask = self._tensors(sources, "left")
-            out = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options)
+            with self.reading(sources):
+                out = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options)
             out = out[:, ids.shape[1] :]
         ends = self.end_tokens(options.get("eos_token_id"))
         return [_until_end(row, ends) for row in out.tolist()]
@@ -215,7 +231,8 @@ class Backbone:
         longest = max(len(target) for target in targets)
         # Rows that end together need the logits of their ends only: with V = 50,000 that is most of the memory.
         keep = longest + 1 if side == "left" and takes(self.model, "logits_to_keep") else 0
-        logits = self._continue(ids, mask, **({"logits_to_keep": keep} if keep else {}))
+        with self.reading(sources):
+            logits = self._continue(ids, mask, **({"logits_to_keep": keep} if keep else {}))
         width = ids.shape[1]
         before = torch.tensor([len(source) - 1 for source in sources], device=ids.device)
         if side == "left":
@@ -226,14 +243,15 @@ class Backbone:
 
     def _decode(self, encoded: Encoded, targets: Tokens) -> torch.Tensor:
         """Logits of a decoder that is shown the right target tokens: (B, U, V)."""
-        start = self._decoder_start()
+        start = self.decoder_start()
         ids, _ = self._tensors([[start, *target[:-1]] for target in targets], "right")
         logits: torch.Tensor = self.model(
             encoder_outputs=(encoded.states,), attention_mask=encoded.mask, decoder_input_ids=ids, use_cache=False
         ).logits
         return logits
 
-    def _decoder_start(self) -> int:
+    def decoder_start(self) -> int:
+        """The token with which an encoder-decoder's texts begin. Raises DataError for a model that does not say."""
         for settings in (self.model.generation_config, self.model.config):
             for name in ("decoder_start_token_id", "bos_token_id"):
                 if (start := getattr(settings, name, None)) is not None:

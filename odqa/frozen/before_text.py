@@ -4,7 +4,8 @@ They stand between padding and text. Rows of a batch may have different vectors,
 ones are padded on their left, and the mask hides that. Positions: see `odqa.frozen.prompt_tuning`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +27,30 @@ class Words:
     shown: torch.Tensor
 
 
-class BeforeText:
-    """Puts `words(B)`, always P of them, before the text of whoever calls the model, until `remove`."""
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a model is called with: token ids (B, T), None where it is given word vectors; mask (B, T), 1 for text."""
 
-    def __init__(self, backbone: Backbone, kind: str, length: int, words: Callable[[int], Words]) -> None:
-        self.backbone, self.kind, self.length, self.words = backbone, kind, length, words
+    ids: torch.Tensor | None
+    mask: torch.Tensor
+
+
+class BeforeText:
+    """Puts `words(B)`, always P of them, before the text of whoever calls the model, until `remove`.
+
+    `of_text` makes the vectors (B, P, D) from what the model is called with, in the place of those of `words`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        kind: str,
+        length: int,
+        words: Callable[[int], Words],
+        of_text: Callable[[Given], torch.Tensor] | None = None,
+    ) -> None:
+        self.backbone, self.kind, self.length, self.words, self.of_text = backbone, kind, length, words, of_text
+        self._is_aside = False
         model = backbone.model
         self._is_causal = backbone.architecture == "causal"
         reader = model.get_encoder() if backbone.architecture == "seq2seq" else model
@@ -46,11 +66,22 @@ class BeforeText:
         while self._handles:
             self._handles.pop().remove()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Whoever calls the model inside the block calls it as it is: `of_text` may."""
+        self._is_aside = True
+        try:
+            yield
+        finally:
+            self._is_aside = False
+
     def _add(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        if self._is_aside:
+            return args, kwargs
         kwargs = {**dict(zip(("input_ids",), args, strict=False)), **kwargs}
         if _has_text(kwargs.get("past_key_values")):
             return (), self._go_on(kwargs)
-        vectors = kwargs.get("inputs_embeds")
+        vectors, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
         vectors = self.backbone.embed(kwargs.pop("input_ids")) if vectors is None else vectors  # (B, T, D)
         batch, width = vectors.shape[:2]
         if self._is_causal:
@@ -64,16 +95,19 @@ class BeforeText:
             text = remove(text, start, self.length)
         elif mask is not None or not words.shown.all():
             kwargs["attention_mask"] = insert(text, start, words.shown.to(text))
-        kwargs["inputs_embeds"] = insert(vectors, start, words.vectors.to(vectors.dtype))
+        own = words.vectors if self.of_text is None else self.of_text(Given(ids, text))
+        kwargs["inputs_embeds"] = insert(vectors, start, own.to(vectors.dtype))
         if self._gives_positions:
             given = kwargs.get("position_ids")
             places = text_positions(text) if given is None else given.expand(batch, -1)
-            kwargs["position_ids"] = self._positions(places, start, words.shown)
+            kwargs["position_ids"] = positions_with(self.backbone, places, start, words.shown)
         if (types := kwargs.get("token_type_ids")) is not None:
             kwargs["token_type_ids"] = insert(types, start, types.new_zeros(batch, self.length))
         return (), kwargs
 
     def _hide(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self._is_aside:
+            return output
         vectors, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         for name in ("logits", "last_hidden_state"):
             values = output.get(name)
@@ -105,13 +139,15 @@ class BeforeText:
         """(B, P + T) mask with the vectors in it -> (B,) where each row's P vectors begin, its pads first."""
         return text_start(wide) - self.length + shown.sum(1)
 
-    def _positions(self, places: torch.Tensor, start: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-        """The text's positions (B, T) -> those of vectors and text (B, P + T)."""
-        if self._is_causal:
-            return insert(places + shown.sum(1, keepdim=True), start, text_positions(shown))
-        last = max(self.backbone.window or self.length, self.length)
-        own = torch.arange(last - self.length, last, device=places.device)
-        return insert(places, start, own.expand(len(places), -1))
+
+def positions_with(backbone: Backbone, places: torch.Tensor, start: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    """The text's positions (B, T) -> those of vectors and text (B, P + T)."""
+    if backbone.architecture == "causal":
+        return insert(places + shown.sum(1, keepdim=True), start, text_positions(shown))
+    length = shown.shape[1]
+    last = max(backbone.window or length, length)
+    own = torch.arange(last - length, last, device=places.device)
+    return insert(places, start, own.expand(len(places), -1))
 
 
 def _tell_mask(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -123,7 +123,7 @@ class LocalEngine:
         going = [rows[number] for number, _ in copies]
         for numbers in self._passes(going, [asks[number].sampling.max_tokens for number, _ in copies]):
             samplings = [asks[copies[at][0]].sampling for at in numbers]
-            noise = [_generator(seeds[copies[at][0]], copies[at][1]) for at in numbers]
+            noise = [row_generator(seeds[copies[at][0]], copies[at][1]) for at in numbers]
             written = self._write([going[at] for at in numbers], samplings, noise)
             for at, one in zip(numbers, written, strict=True):
                 found[at] = one
@@ -540,7 +540,7 @@ def _find_stop(text: str, stops: Sequence[str]) -> int | None:
     return min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)
 
 
-def _generator(seed: int, copy: int) -> torch.Generator:
+def row_generator(seed: int, copy: int) -> torch.Generator:
     """Of one text; those of neighbouring seeds have nothing in common, because the seed goes through SplitMix64's mix
     (Steele et al. 2014)."""
     mixed = (seed * 0x9E3779B97F4A7C15 + copy + 1) & (2**64 - 1)

@@ -133,12 +133,13 @@ def create_method(kind: str, backbone: Backbone, **settings: Any) -> Method:
     """A fresh method of one of the known kinds. Raises ArtifactError naming the kinds for an unknown one."""
     from odqa.frozen.adapter import Adapter
     from odqa.frozen.finetuning import FineTuning
+    from odqa.frozen.idpt import InputPrompt
     from odqa.frozen.lora import Lora
     from odqa.frozen.prefix import PrefixTuning
     from odqa.frozen.prompt import DeepPrompt
     from odqa.frozen.prompt_tuning import PromptTuning
 
-    known = (PromptTuning, DeepPrompt, PrefixTuning, Lora, Adapter, FineTuning)
+    known = (PromptTuning, DeepPrompt, PrefixTuning, Lora, Adapter, InputPrompt, FineTuning)
     kinds: dict[str, type[Method]] = {cls.kind: cls for cls in known}
     if kind not in kinds:
         raise ArtifactError(f"method kind {kind!r} is not known; known are {', '.join(sorted(kinds))}.")

@@ -155,11 +155,16 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Accuracies on held-out items in %; `majority` is that of the most common label in training."""
+    """Accuracies on held-out items in %; `majority` is that of the most common label in training.
+
+    `right` and `control_right` say of each item whether it was classified rightly, on the task and its control task.
+    """
 
     accuracy: float
     control: float
     majority: float
+    right: tuple[bool, ...] = ()
+    control_right: tuple[bool, ...] = ()
 
     @property
     def selectivity(self) -> float:
@@ -192,7 +197,7 @@ def probe(
             )
     classes = max(*train.labels, *test.labels) + 1
     by_type = control_task([*train.types, *test.types], train.labels, seed)
-    accuracies = []
+    accuracies, rights = [], []
     for of_train, of_test in (
         (train.labels, test.labels),
         ([by_type[one] for one in train.types], [by_type[one] for one in test.types]),
@@ -201,9 +206,10 @@ def probe(
         with torch.no_grad():
             right = module(test.features).argmax(1) == torch.tensor(of_test)
         accuracies.append(100 * float(right.float().mean()))
+        rights.append(tuple(right.tolist()))
     common = Counter(train.labels).most_common(1)[0][0]
     majority = 100 * sum(label == common for label in test.labels) / len(test.labels)
-    return Found(accuracies[0], accuracies[1], majority)
+    return Found(accuracies[0], accuracies[1], majority, *rights)
 
 
 def control_task(types: Sequence[Hashable], labels: Sequence[int], seed: int = 0) -> dict[Hashable, int]:

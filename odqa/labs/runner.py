@@ -243,11 +243,13 @@ class LabResult:
         curves = self._curves()
         figures = cast(Lab, self.recipe.settings).figures
         for name, figure in figures.items():
-            if name not in curves:
-                raise DataError(f"{self.recipe.path}: no figure {name}; the lab has {', '.join(curves) or 'none'}.")
-            panel = {label: tuple(zip(*points, strict=True)) for label, points in curves[name].items()}
+            panels = {}
+            for part, label in (figure.panels or {name: figure.y_label}).items():
+                if part not in curves:
+                    raise DataError(f"{self.recipe.path}: no figure {part}; the lab has {', '.join(curves) or 'none'}.")
+                panels[label] = {line: tuple(zip(*points, strict=True)) for line, points in curves[part].items()}
             path = stem.with_name(f"{stem.name}.svg" if len(figures) == 1 else f"{stem.name}-{name}.svg")
-            lines(path, {figure.y_label: cast(Any, panel)}, x_label=figure.x_label, x_scale=figure.x_scale)
+            lines(path, cast(Any, panels), x_label=figure.x_label, x_scale=figure.x_scale)
 
     def _curves(self) -> dict[str, dict[str, list[tuple[float, float]]]]:
         """Curves whose points are means over the seeds."""

@@ -31,6 +31,8 @@ from odqa.types import Gold, Hit, PackedContext, Query
 
 KIND = "method"
 CHECKPOINT = "checkpoint.safetensors"
+Again = Callable[[Sequence[PackedContext]], Sequence[PackedContext | None]]
+"""What a second pass reads after a first one has read these contexts; None: nothing."""
 JOURNAL = "journal.jsonl"  # of a black-box search
 Targets = tuple[list[list[int]], list[list[int]]]  # prompts and answers
 
@@ -50,10 +52,20 @@ class ContextSettings:
 
 
 class ContextBatches:
-    """`batches(i)`: token ids of the prompts and of the answers of the i-th batch."""
+    """`batches(i)`: token ids of the prompts and of the answers of the i-th batch.
+
+    With `again` the method is one for a later pass: all contexts are read once beforehand, and it learns on what is
+    read again. Examples that are not read again are left out.
+    """
 
     def __init__(
-        self, reader: LmReader, packer: Packer, examples: Sequence[Example], settings: ContextSettings
+        self,
+        reader: LmReader,
+        packer: Packer,
+        examples: Sequence[Example],
+        settings: ContextSettings,
+        *,
+        again: Again | None = None,
     ) -> None:
         usable = [example for example in examples if example.answers]
         if not usable:
@@ -67,6 +79,15 @@ class ContextBatches:
         chosen = rng.choice(len(usable), count, replace=False, p=weights / weights.sum())
         self.examples = [usable[number] for number in chosen]
         self.per_epoch = max(1, count // settings.questions)
+        self._again: dict[int, PackedContext] = {}
+        if again is not None:
+            found = again([self.context(example) for example in self.examples])
+            kept = [number for number, one in enumerate(found) if one is not None]
+            if not kept:
+                raise DataError("training: the first pass gives no candidates for any example.")
+            self.examples = [self.examples[number] for number in kept]
+            self._again = dict(enumerate(one for one in found if one is not None))
+            self.per_epoch = max(1, len(kept) // settings.questions)
         self._kept: dict[int, tuple[list[int], list[int]]] = {}
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
@@ -83,7 +104,8 @@ class ContextBatches:
         """Prompt and answer of one example as token ids; remembered."""
         if number not in self._kept:
             example = self.examples[number]
-            self._kept[number] = encode_pair(self.reader, self.context(example), example.answers)
+            context = self._again.get(number) or self.context(example)
+            self._kept[number] = encode_pair(self.reader, context, example.answers)
         return self._kept[number]
 
     def context(self, example: Example) -> PackedContext:
@@ -127,8 +149,19 @@ class TuneSet:
     gold: Sequence[Gold]
 
     @classmethod
-    def pack(cls, packer: Packer, questions: Sequence[tuple[Query, Gold]], hits: Sequence[Sequence[Hit]]) -> "TuneSet":
-        return cls(packer.pack([query for query, _ in questions], hits), [gold for _, gold in questions])
+    def pack(
+        cls,
+        packer: Packer,
+        questions: Sequence[tuple[Query, Gold]],
+        hits: Sequence[Sequence[Hit]],
+        *,
+        again: Again | None = None,
+    ) -> "TuneSet":
+        """`again`: of a second pass; a question that is not read again keeps its first context."""
+        contexts = packer.pack([query for query, _ in questions], hits)
+        if again is not None:
+            contexts = [found or first for first, found in zip(contexts, again(contexts), strict=True)]
+        return cls(contexts, [gold for _, gold in questions])
 
     def scores(self, reader: LmReader) -> dict[str, float]:
         """Mean EM and F1, 0 to 100."""

@@ -76,11 +76,18 @@ class Secret:
 
 @dataclass(slots=True)
 class Counts:
-    """What was asked for since the start: requests that got a reply, replies from the memory on disk, further tries."""
+    """What was asked for since the start: requests that got a reply, replies from the memory on disk, further tries.
+
+    Of all tries: bytes `sent` and `received` as bodies, and seconds until they were answered (of tries that were under
+    way at once, the sum).
+    """
 
     requests: int = 0
     from_cache: int = 0
     retries: int = 0
+    sent: int = 0
+    received: int = 0
+    seconds: float = 0.0
 
 
 class _Passing(Exception):
@@ -146,14 +153,34 @@ class Endpoint:
         self._save(path, body, reply)
         return parsed, False
 
+    def look(self, path: str, parse: Callable[[Any], T]) -> T:
+        """GET `path`: what `parse` makes of the reply. Raises ServerError."""
+        text = self._send(path, None)
+        try:
+            return parse(json.loads(text))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ServerError(f"{self.base_url}{path}: {error}. Check the address; it usually ends in /v1.") from None
+
+    def beside(self, base_url: str) -> "Endpoint":
+        """The same server, key and patience at another path; nothing is kept on disk."""
+        return Endpoint(
+            base_url,
+            key=self._key,
+            timeout=self.timeout,
+            retries=self.retries,
+            longest_wait=self.longest_wait,
+            sleep=self._sleep,
+            chance=self._chance,
+        )
+
     # --- on the wire ---
 
-    def _send(self, path: str, body: Mapping[str, Any]) -> str:
-        """The text of the reply, however many tries it takes."""
+    def _send(self, path: str, body: Mapping[str, Any] | None) -> str:
+        """The text of the reply, however many tries it takes. Without a body: GET."""
         tries = 0
         while True:
             try:
-                return self._try(path, json.dumps(body).encode())
+                return self._try(path, None if body is None else json.dumps(body).encode())
             except _Passing as failure:
                 tries += 1
                 if failure.wait > self.longest_wait:
@@ -171,16 +198,19 @@ class Endpoint:
                 longest = min(FIRST_PAUSE * 2 ** (tries - 1), self.longest_wait)
                 self._sleep(max(failure.wait, longest * self._chance()))
             except _Refused as refused:
-                raise ServerError(self._explain(path, body, refused)) from None
+                raise ServerError(self._explain(path, body or {}, refused), refused.status) from None
 
     def _try(self, path: str, data: bytes | None) -> str:
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "odqa"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key.value}"
         request = urllib.request.Request(self.base_url + path, data, headers)
+        started = time.monotonic()
         try:
             with self._opener.open(request, timeout=self.timeout) as response:
-                return self._body(response)
+                text = self._body(response)
+                self._count(received=len(text.encode()))
+                return text
         except urllib.error.HTTPError as error:
             with error:
                 self._refuse(error)
@@ -193,6 +223,8 @@ class Endpoint:
             if isinstance(reason, TimeoutError):
                 raise _Passing(f"no whole reply within {self.timeout:g} s") from None
             raise _Passing(f"no reply ({self._hidden(str(reason) or type(reason).__name__)})") from None
+        finally:
+            self._count(sent=len(data or b""), seconds=time.monotonic() - started)
         raise AssertionError("a try either returns or raises")
 
     def _body(self, response: Any) -> str:
@@ -252,7 +284,7 @@ class Endpoint:
     def _hidden(self, text: str) -> str:
         return text if self._key is None else self._key.hide(text)
 
-    def _count(self, **more: int) -> None:
+    def _count(self, **more: float) -> None:
         with self._lock:
             for name, count in more.items():
                 setattr(self.counts, name, getattr(self.counts, name) + count)

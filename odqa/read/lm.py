@@ -14,10 +14,11 @@ nowhere else; `describe` shows all of it. A model's own generation settings (sam
 """
 
 import contextlib
+import copy
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
@@ -28,8 +29,8 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from transformers.modeling_outputs import BaseModelOutput
 
 from odqa.errors import DataError, RecipeError
-from odqa.frozen.backbone import Backbone, frozen_guard, load_backbone
-from odqa.frozen.layout import pad_rows
+from odqa.frozen.backbone import Backbone, frozen_guard, load_backbone, takes
+from odqa.frozen.layout import pad_rows, text_positions
 from odqa.frozen.method import Method
 from odqa.frozen.prefix import prefix_of_prompt
 from odqa.frozen.prompt_tuning import PromptTuning
@@ -46,7 +47,8 @@ from odqa.read.prompts import (
     find_template,
 )
 from odqa.runtime import progress
-from odqa.types import Answer, Hit, PackedContext, Query, TokenCosts
+from odqa.text import as_written
+from odqa.types import Answer, Dropped, Hit, PackedContext, Query, Sample, TokenCosts
 
 T = TypeVar("T")
 
@@ -112,6 +114,8 @@ class LmReader:
     once. The noise of a sample depends on `seed`, the query's id and the number of the sample: not on the batch.
     `batch_size` is the number of texts written at once, over all questions, samples and beams.
 
+    `is_shared`: the backbone has other users, so the method is attached only while this reader writes.
+
     `score` says what `Answer.score` is: the "sum" of the answer's token log-probabilities or their "mean"; a
     candidate's `logprob` is always the sum. `spelling` "passage" writes an answer as a packed passage or its title has
     it (`odqa.text.as_written`), for models whose vocabulary has no capitals or accents. `guard` checks before and after
@@ -146,6 +150,7 @@ class LmReader:
         spelling: Literal["model", "passage"] = "model",
         batch_size: int = 8,
         guard: bool = False,
+        is_shared: bool = False,
     ) -> None:
         if backbone.architecture == "encoder":
             raise RecipeError(
@@ -185,11 +190,12 @@ class LmReader:
                 f"reader lm: max_new_tokens {max_new_tokens} and reserved {reserved} leave no room for a prompt in the "
                 f"window of {self.window} tokens."
             )
-        self.method = method
+        self.method, self.is_shared = method, is_shared
+        self._attachable = method
         if isinstance(method, PromptTuning) and backbone.architecture == "causal":
-            prefix_of_prompt(backbone, method).attach(backbone)  # its keys and values are computed once
-        elif method is not None:
-            method.attach(backbone)
+            self._attachable = prefix_of_prompt(backbone, method)  # its keys and values are computed once
+        if self._attachable is not None and not is_shared:
+            self._attachable.attach(backbone)
         # A packer asks for prices several times a question; demonstrations are long.
         self._frame = lru_cache(maxsize=_FRAMES)(self._encode_frame)
         # A conversation brings its own special tokens.
@@ -245,7 +251,7 @@ class LmReader:
         # Neighbours in length share a batch, so that little of it is padding.
         order = sorted(range(len(sources)), key=lambda at: sources[at].tokens)
         guard = frozen_guard(self.backbone) if self.guard else contextlib.nullcontext()
-        with guard, progress("read", len(sources), "texts") as bar:
+        with guard, self._method_attached(), progress("read", len(sources), "texts") as bar:
             for batch in _chunks(order, max(1, self.batch_size // max(self.beams, self._copies))):
                 generated = self._generate([sources[at] for at in batch])
                 for at, generations in zip(batch, generated, strict=True):
@@ -262,14 +268,7 @@ class LmReader:
         Together they are exactly `context.tokens`, or ValueError.
         """
         query = context.query
-        before, after = self._frame(query.text)
-        read: list[tuple[Hit, ...]] = context.by_window()
-        if self.passages == "apart" and context.hits:
-            read = [(hit,) for hit in context.hits]
-        prompts = []
-        for hits in read:
-            passages = self._encode([self.prompt.passage(hit.passage) for hit in hits])
-            prompts.append([*before, *(token for passage in passages for token in passage), *after])
+        prompts = self._encode_prompts(context)
         lengths = [len(prompt) for prompt in prompts]
         if sum(lengths) != context.tokens or max(lengths) > self.limit:
             raise ValueError(
@@ -278,12 +277,56 @@ class LmReader:
             )
         return prompts
 
+    def draw(
+        self,
+        contexts: Sequence[PackedContext],
+        count: int,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[list[Sample]]:
+        """`count` samples a window of each context, the likelier ones first; see `odqa.stages.DrawsSamples`."""
+        _check_decoding(count, 1, True, self.max_new_tokens, self.batch_size)
+        _check_sampling(temperature, 0, top_p)
+        drawer = copy.copy(self)
+        drawer.sample, drawer.candidates, drawer.beams, drawer._copies = True, count, 1, count
+        drawer.temperature, drawer.top_k, drawer.top_p, drawer.seed = temperature, 0, top_p, seed
+        return [
+            [self._sample(context, generation) for generation in generations]
+            for context, generations in zip(contexts, drawer.generate(contexts), strict=True)
+        ]
+
+    def show_candidates(self, context: PackedContext, candidates: Sequence[str]) -> PackedContext:
+        """See `odqa.stages.ReadsCandidates`; every window shows them all."""
+        shown = tuple(dict.fromkeys(text for one in candidates if (text := self.prompt.slot(one))))
+        if not shown:
+            raise ValueError(f"query {context.query.id}: no candidate has a text")
+        made = replace(context, candidates=shown)
+        while max(lengths := [len(prompt) for prompt in self._encode_prompts(made)]) > self.limit:
+            if made.hits:
+                made = _without_lowest(made)
+            elif len(made.candidates) > 1:
+                made = replace(made, candidates=made.candidates[:-1])
+            else:
+                raise DataError(
+                    f"query {context.query.id}: the question and one candidate take {max(lengths)} tokens with their "
+                    f"prompt; {self.backbone.name} has room for {self.limit}. Shorten the question."
+                )
+        extra = len(lengths) * len(self._encode_candidates(made.candidates))
+        tokens = sum(lengths)
+        return replace(made, tokens=tokens, budget=max(context.budget + extra, tokens))
+
     def encode_answer(self, answer: str) -> list[int]:
         """The token ids that a prompt should be continued with to give this answer, the end of the text included."""
-        after_words = self.prompt.chat is None and self.prompt.template.answer and not self._suffix
-        text = f" {answer}" if after_words else answer
+        text = self.continuation(answer)
         ids = self.backbone.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return [*ids["input_ids"], min(self._ends)] if self._ends else list(ids["input_ids"])
+
+    def continuation(self, answer: str) -> str:
+        """An answer as it follows the prompt: with a blank before it where the prompt ends in words."""
+        after_words = self.prompt.chat is None and self.prompt.template.answer and not self._suffix
+        return f" {answer}" if after_words else answer
 
     def describe(self) -> dict[str, object]:
         """Everything that decides an answer besides the weights, as JSON values."""
@@ -322,6 +365,41 @@ class LmReader:
             [*(token for piece in ids[len(before) :] for token in piece), *self._suffix],
         )
 
+    def _encode_prompts(self, context: PackedContext) -> list[list[int]]:
+        """Token ids of each prompt of a context, unchecked."""
+        before, after = self._frame(context.query.text)
+        after = [*self._encode_candidates(context.candidates), *after]
+        read: list[tuple[Hit, ...]] = context.by_window()
+        if self.passages == "apart" and context.hits:
+            read = [(hit,) for hit in context.hits]
+        prompts = []
+        for hits in read:
+            passages = self._encode([self.prompt.passage(hit.passage) for hit in hits])
+            prompts.append([*before, *(token for passage in passages for token in passage), *after])
+        return prompts
+
+    def _encode_candidates(self, candidates: Sequence[str]) -> list[int]:
+        """Token ids of the answers of an earlier pass, each tokenised by itself."""
+        return [token for piece in self._encode(self.prompt.candidates(candidates)) for token in piece]
+
+    @contextlib.contextmanager
+    def _method_attached(self) -> Iterator[None]:
+        """Inside the block the backbone computes with this reader's method."""
+        if self._attachable is None or not self.is_shared:
+            yield
+            return
+        self._attachable.attach(self.backbone)
+        try:
+            yield
+        finally:
+            self._attachable.detach()
+
+    def _sample(self, context: PackedContext, generation: Generation) -> Sample:
+        """A generation as others see it, spelled as this reader's answers are."""
+        written = [*(hit.passage.text for hit in context.hits), *(hit.passage.title for hit in context.hits)]
+        text = as_written(generation.text, written) if self.spelling == "passage" else generation.text
+        return Sample(text, generation.logprob, generation.tokens)
+
     def _encode(self, pieces: Sequence[Piece]) -> list[list[int]]:
         """Token ids of each piece by itself.
 
@@ -342,9 +420,16 @@ class LmReader:
 
     @torch.inference_mode()
     def _generate(self, sources: Sequence[_Source]) -> list[list[Generation]]:
-        """One batch. Rows of the batch: the sources, each `candidates` times in a row when sampling."""
-        inputs = self._encode_apart(sources) if self.passages == "apart" else self._prompts(sources)
-        start = inputs["input_ids"].shape[1] if self.backbone.architecture == "causal" else 1
+        """One batch. Rows of the batch: the sources, each `candidates` times in a row when sampling.
+
+        Samples of a source share what is computed of its prompt: encoder states, or keys and values.
+        """
+        is_causal, draws_several = self.backbone.architecture == "causal", self._copies > 1
+        encodes = self.passages == "apart" or (draws_several and not is_causal)
+        inputs = self._encode_apart(sources) if encodes else self._prompts(sources)
+        if is_causal and draws_several:
+            inputs |= self._shared_cache(sources)
+        start = inputs["input_ids"].shape[1] if is_causal else 1
         noise = LogitsProcessorList()
         if self.sample:
             noise = self._sampling(
@@ -391,6 +476,19 @@ class LmReader:
         left = self.backbone.architecture == "causal"
         ids, mask = pad_rows([source.prompts[0] for source in sources], self._padding(), "left" if left else "right")
         return {"input_ids": self._rows(ids), "attention_mask": self._rows(mask)}
+
+    def _shared_cache(self, sources: Sequence[_Source]) -> dict[str, Any]:
+        """Keys and values of all but the last token of each prompt, computed once and repeated for its samples."""
+        ids, mask = pad_rows([source.prompts[0] for source in sources], self._padding(), "left")
+        if ids.shape[1] < 2:
+            return {}
+        ids, mask = ids.to(self.backbone.device), mask.to(self.backbone.device)
+        positions = {"position_ids": text_positions(mask)[:, :-1]} if takes(self.backbone.model, "position_ids") else {}
+        output = self.backbone.model(
+            input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True, return_dict=True, **positions
+        )
+        output.past_key_values.batch_repeat_interleave(self._copies)
+        return {"past_key_values": output.past_key_values}
 
     def _encode_apart(self, sources: Sequence[_Source]) -> dict[str, Any]:
         """Encoder states (rows, T, D) and mask (rows, T): those of a source's prompts, one behind the other.
@@ -459,6 +557,21 @@ def load_lm(name: str, **options: Any) -> Backbone:
     quantization_config). Raises DataError for a model that is not there.
     """
     return load_backbone(name, "seq2seq" if is_encoder_decoder(name) else "causal", **options)
+
+
+def _without_lowest(context: PackedContext) -> PackedContext:
+    """The context without its lowest ranked passage."""
+    ranks = context.ranks or tuple(range(1, len(context.hits) + 1))
+    at = ranks.index(max(ranks))
+    dropped = Dropped(context.hits[at].passage.id, "does not fit", 0)
+    left = [number for number in range(len(ranks)) if number != at]
+    return replace(
+        context,
+        hits=tuple(context.hits[number] for number in left),
+        ranks=tuple(context.ranks[number] for number in left) if context.ranks else (),
+        windows=tuple(context.windows[number] for number in left) if context.windows else (),
+        dropped=(*context.dropped, dropped),
+    )
 
 
 class _StopAtText(StoppingCriteria):  # type: ignore[misc]

@@ -11,6 +11,7 @@ take a `</s>` in a passage for the end of the text.
 import difflib
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -43,6 +44,7 @@ class PromptTemplate:
     A prompt is a row of blocks with `separator` between them: the instruction, the demonstrations, the passages, the
     question. `question_first` puts the question before its passages. `line` stands between a question and its `answer`
     prefix, and `answer` ends the prompt; it should not end in a blank, which byte-level models do not expect there.
+    `candidates` words the answers of an earlier pass, with `between` between them; they stand behind the passages.
     `passage` words one passage, `untitled` one without a title (None: as one with an empty title); a template whose
     `passage` is None reads none (closed-book). The text of a special token, such as `<s>`, is plain text in a template
     too: control tokens come from the tokenizer and its chat template.
@@ -59,6 +61,8 @@ class PromptTemplate:
     separator: str = "\n\n"
     line: str = "\n"
     question_first: bool = False
+    candidates: str = "Possible answers: {candidates}"
+    between: str = "; "
 
     def __post_init__(self) -> None:
         for setting, valid in _FIELDS.items():
@@ -69,6 +73,10 @@ class PromptTemplate:
             raise RecipeError(f"prompt {self.name}.question: {self.question!r} does not contain {{question}}.")
         if self.passage is not None and "text" not in _names(self.passage):
             raise RecipeError(f"prompt {self.name}.passage: {self.passage!r} does not contain {{text}}.")
+        if self.candidates.count("{candidates}") != 1:
+            raise RecipeError(f"prompt {self.name}.candidates: {self.candidates!r} must contain {{candidates}} once.")
+        if not self.between.strip():
+            raise RecipeError(f"prompt {self.name}.between: {self.between!r} is blank; candidates would run together.")
 
     def render_passage(self, passage: Passage) -> str:
         """One passage in its wording, without separator. Raises RecipeError if this template reads no passages."""
@@ -84,7 +92,14 @@ class PromptTemplate:
         """The question in its wording, without the answer prefix."""
         return _fill(self.question, {"question": question})
 
-    def constant(self, setting: Literal["instruction", "answer", "separator", "line"]) -> str:
+    def labels(self) -> list[str]:
+        """What this template puts before its parts and ends in a colon (Question:, Answer:), the longest first."""
+        worded = [self.passage or "", self.untitled or "", self.question, self.candidates, self.answer]
+        literals = [literal for text in worded for literal, _, _, _ in _FORMATTER.parse(text)]
+        found = {line.strip() for literal in literals for line in literal.splitlines()}
+        return sorted((label for label in found if _LABEL.search(label)), key=lambda label: (-len(label), label))
+
+    def constant(self, setting: Literal["instruction", "answer", "separator", "line", "between"]) -> str:
         """The text of a setting that has no fields."""
         return _fill(getattr(self, setting), {})
 
@@ -95,6 +110,8 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
     "passage": ("title", "text", "id"),
     "untitled": ("text", "id"),
     "question": ("question",),
+    "candidates": ("candidates",),
+    "between": (),
     "answer": (),
     "separator": (),
     "line": (),
@@ -169,6 +186,34 @@ class Prompt:
         answer = "" if self.chat else self.template.constant("answer")
         line = self.template.constant("line") if asked and answer else ""
         return _pieces(Piece(asked + line + answer), Piece(closing, is_control=True))
+
+    def candidates(self, candidates: Sequence[str]) -> list[Piece]:
+        """Answers of an earlier pass, each a piece of its own; nothing without one. They stand behind the passages.
+
+        Give them as `slot` cleans them.
+        """
+        if not candidates:
+            return []
+        opening, closing = self.template.candidates.split("{candidates}")
+        pieces = [Piece(_fill(opening, {}))]
+        for number, candidate in enumerate(candidates):
+            pieces += [Piece(self.template.constant("between"))] if number else []
+            pieces.append(Piece(candidate))
+        return _pieces(*pieces, Piece(_fill(closing, {}) + self.template.constant("separator")))
+
+    def slot(self, candidate: str) -> str:
+        """A candidate as it may stand among others: one line, no mark between candidates, no label of the template.
+
+        Line breaks and control characters become blanks, the mark between candidates a comma, and labels such as
+        "Question:" lose their colon, so that a candidate cannot end its place and open another part of the prompt.
+        Empty if nothing is left.
+        """
+        text = "".join(" " if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char for char in candidate)
+        text = text.replace(self.template.constant("between").strip(), ",")
+        for label in self.template.labels():
+            stem = r"\s*".join(re.escape(word) for word in label.removesuffix(":").split())
+            text = re.sub(rf"({stem})\s*:", r"\1", text, flags=re.IGNORECASE)
+        return " ".join(text.split()).strip(" ,")
 
     def text(self, question: str, passages: Sequence[Passage] = ()) -> str:
         """The whole prompt, to look at."""
@@ -334,6 +379,7 @@ def _did_you_mean(name: str, valid: Iterable[str]) -> str:
 
 
 _FORMATTER = string.Formatter()
+_LABEL = re.compile(r"\w.*:$")
 
 # At the end of the file, because a template checks itself when it is made.
 TEMPLATES: Mapping[str, PromptTemplate] = {
@@ -347,6 +393,11 @@ TEMPLATES: Mapping[str, PromptTemplate] = {
                 "Answer the question in a few words taken from the passages. "
                 "If the passages do not answer it, write: unanswerable"
             ),
+        ),
+        PromptTemplate(
+            "missing-passage",
+            instruction="The passages do not answer the question. Write a short search query for the missing passage.",
+            answer="Search query:",
         ),
         # The wording of SQuAD in T5's training mixture, with the article's title in front of the context
         # (Raffel et al. 2020, appendix D.15).

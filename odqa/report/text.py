@@ -105,7 +105,9 @@ def render(
         confidence = [confidence_table(title, known)] if known else []
         if len(group) > _SIDE_BY_SIDE:
             scores, funnel, confidence = scores.turned(), funnel.turned(), [table.turned() for table in confidence]
+        sampled = [(name, item.picks) for name, item in group if item.picks]
         tables += [scores, *([gain_table(title, here)] if here else []), funnel, *confidence]
+        tables += [picks_table(title, sampled)] if sampled else []
         tables += [stage_table(title, group)] if any(item.measured.get("stages") for _, item in group) else []
     tables += [check_table(checks)] if checks else []
     tables += [published_table(published)] if published else []
@@ -160,7 +162,7 @@ def confidence_table(title: str, systems: Sequence[tuple[str, Selective]]) -> Ta
 
 
 def funnel_table(title: str, evaluations: Named) -> Table:
-    """Where the answer was lost: questions per outcome and their share."""
+    """Where the answer was lost: questions per outcome and their share; below, what later passes changed."""
     funnels = [item.funnel for _, item in evaluations]
     totals = [sum(funnel.values()) for funnel in funnels]
     rows = [
@@ -169,8 +171,29 @@ def funnel_table(title: str, evaluations: Named) -> Table:
     ]
     total = ("all", *(_share(n, n) for n in totals))
     return Table(
-        f"{title}: where was the answer lost?", ("outcome", *(name for name, _ in evaluations)), (*rows, total)
+        f"{title}: where was the answer lost?",
+        ("outcome", *(name for name, _ in evaluations)),
+        (*rows, total, *_re_passes([item for _, item in evaluations], totals)),
     )
+
+
+def picks_table(title: str, systems: Sequence[tuple[str, Mapping[str, float]]]) -> Table:
+    """What choosing among the samples would have given beside reading them again: exact match; see `Evaluation`."""
+    names = list(dict.fromkeys(name for _, found in systems for name in found))
+    rows = [(name, *(f"{found[name]:.1f}" if name in found else "-" for _, found in systems)) for name in names]
+    return Table(f"{title}: candidates", ("em, %", *(name for name, _ in systems)), tuple(rows))
+
+
+def _re_passes(evaluations: Sequence[Evaluation], totals: Sequence[int]) -> list[tuple[str, ...]]:
+    """Rows for each pass after the first: how many questions it read, mended and undid."""
+    rows = []
+    found = [item.re_passes for item in evaluations]
+    for number in sorted({number for again in found for number in again}):
+        known = list(zip([again.get(number) for again in found], totals, strict=True))
+        for what, field in ((f"read by pass {number}", "read"), ("mended", "mended"), ("undone", "undone")):
+            name = what if field == "read" else f"{what} by pass {number}"
+            rows.append((name, *("-" if one is None else _share(getattr(one, field), n) for one, n in known)))
+    return rows
 
 
 def stage_table(title: str, evaluations: Named) -> Table:
@@ -332,17 +355,63 @@ def _verdict(question: QuestionResult) -> str:
 # --- one question -----------------------------------------------------------------------------------------------------
 
 
-def evidence(trace: Trace, *, terminal: bool = False) -> str:
+def evidence(trace: Trace, *, terminal: bool = False, verbose: bool = False) -> str:
     """What `odqa ask` shows below an answer: confidence, the packed passages with the answer marked, the stage table.
 
-    The answer is in bold on a terminal, else in [[brackets]].
+    The answer is in bold on a terminal, else in [[brackets]]. `verbose` adds what each pass said and why there was
+    another, with its candidates and new passages.
     """
     answer = trace.answer
     blocks = [f"{_clean(answer.text) or '(abstained)'}  ({confidence(answer)})"]
+    blocks += ["\n".join(_passes(trace))] if verbose else []
     if trace.contexts:
         blocks.append(_context(trace, trace.contexts[-1], answer, terminal=terminal))
     blocks.append(_times(trace.steps).text())
     return "\n\n".join(blocks) + "\n"
+
+
+def _passes(trace: Trace) -> list[str]:
+    """Pass by pass: why it was made, what it was given that was new, what it answered, and whether that changed."""
+    lines: list[str] = []
+    decided = {step.pass_no: step.notes for step in trace.steps if step.stage == "recurse"}
+    for number, answer in enumerate(trace.answers, start=1):
+        lines.append(f"pass {number}")
+        if number in decided:
+            lines += _reason(decided[number])
+        if number <= len(trace.contexts):
+            context = trace.contexts[number - 1]
+            before = {hit.passage.id for earlier in trace.contexts[: number - 1] for hit in earlier.hits}
+            new = [hit.passage.id for hit in context.hits if hit.passage.id not in before]
+            told = f", new: {', '.join(new) or 'none'}" if number > 1 else ""
+            lines.append(f"  packed {len(context.hits)} passages{told}; {context.tokens} tokens")
+            lines += [f"  shown candidates: {_clean('; '.join(context.candidates))}"] if context.candidates else []
+        changed = ""
+        if number > 1:
+            same = answer.text == trace.answers[number - 2].text
+            changed = ", unchanged" if same else f", was {_clean(trace.answers[number - 2].text) or '(abstained)'}"
+        lines += _dismissed(trace, number)
+        lines.append(f"  answer: {_clean(answer.text) or '(abstained)'}  ({confidence(answer)}{changed})")
+    stopped = decided.get(len(trace.answers) + 1)
+    return [*lines, "no further pass", *_reason(stopped)] if stopped is not None else lines
+
+
+def _dismissed(trace: Trace, number: int) -> list[str]:
+    """What a pass answered that does not stand, because the pass before was surer."""
+    found = [step.notes["not kept"] for step in trace.steps if step.pass_no == number and "not kept" in step.notes]
+    return [f"  not kept: {_clean(one['text']) or '(abstained)'}" for one in found if isinstance(one, Mapping)]
+
+
+def _reason(notes: Mapping[str, object]) -> list[str]:
+    """What a recursion decided, and what it said about it."""
+    lines = [f"  decision: {notes.get('decision')}"]
+    for key in ("why", "query", "confidence", "below"):
+        if key in notes:
+            value = notes[key]
+            lines.append(f"  {key}: {value:.3g}" if isinstance(value, float) else f"  {key}: {_clean(str(value))}")
+    candidates = notes.get("candidates")
+    for one in candidates if isinstance(candidates, list) else []:
+        lines.append(f"    {one['logprob']:10.4f}  x{one['count']}  {_clean(one['text'])}")
+    return lines
 
 
 def explain_question(
@@ -379,7 +448,7 @@ def explain_question(
         lines += ["", f"pass {number}"]
         for step in (step for step in trace.steps if step.pass_no == number):
             lines += _step(step, titles, marked, depth)
-            if step.stage == "read" and pending:
+            if step.stage in ("read", "read latent") and pending:
                 lines += _answer(pending.pop(0))
     for number, context in enumerate(trace.contexts, start=1):
         lines += ["", f"context {number}", _context(trace, context, trace.answer, terminal=False)]

@@ -4,12 +4,13 @@ All ways are sums over the lists of something a list gives to its rows, so both 
 of arrays; they know no passages. Ties: lower row first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
 from odqa.retrieve.rankings import Rankings, rank_entries
+from odqa.types import Hit
 
 Normalise = Literal["none", "min-max", "z-score"]
 
@@ -50,6 +51,40 @@ def alpha_fusion(sparse: Rankings, dense: Rankings, k: int, *, alpha: float, nor
     """
     normaliser = _centred if normalise else _NORMALISERS["none"]
     return _weighted_sum((sparse, dense), (alpha, 1.0), k, normaliser)
+
+
+def fuse_hits_by_rank(lists: Sequence[Sequence[Hit]], c: float = 60.0) -> list[Hit]:
+    """`reciprocal_rank_fusion` of one query's lists of hits, such as those of several passes.
+
+    Ties keep the order of first appearance; every hit is then of the source "fused".
+    """
+    scores: dict[str, float] = {}
+    for found in lists:
+        for rank, hit in enumerate(found, start=1):
+            scores[hit.passage.id] = scores.get(hit.passage.id, 0.0) + 1.0 / (c + rank)
+    return _fused(lists, scores)
+
+
+def fuse_hits_by_score(lists: Sequence[Sequence[Hit]]) -> list[Hit]:
+    """The mean of a passage's scores over one query's lists; a list that lacks it gives its lowest score.
+
+    So the fused scores are of the same size as a list's own. An empty list has no say. Ties and source: see
+    `fuse_hits_by_rank`.
+    """
+    lists = [found for found in lists if found]
+    lowest = sum(min(hit.score for hit in found) for found in lists)
+    scores: dict[str, float] = {}
+    for found in lists:
+        least = min(hit.score for hit in found)
+        for hit in found:
+            scores[hit.passage.id] = scores.get(hit.passage.id, lowest) + hit.score - least
+    return _fused(lists, {passage_id: score / len(lists) for passage_id, score in scores.items()})
+
+
+def _fused(lists: Sequence[Sequence[Hit]], scores: Mapping[str, float]) -> list[Hit]:
+    passages = {hit.passage.id: hit.passage for found in reversed(lists) for hit in found}
+    order = sorted(scores, key=lambda passage_id: -scores[passage_id])
+    return [Hit(passages[passage_id], scores[passage_id], "fused") for passage_id in order]
 
 
 def _weighted_sum(runs: Sequence[Rankings], weights: Sequence[float], k: int, normaliser: "_Normaliser") -> Rankings:

@@ -99,9 +99,16 @@ def test_of_several_windows_the_one_with_the_answer_is_learned_from(model: Path)
     assert "tiber is a river" in text and "gold silver" not in text
 
 
-@pytest.mark.parametrize("kind", ["prompt-tuning", "lora"])
+SETTINGS: dict[str, dict[str, Any]] = {
+    "prompt-tuning": {"length": 3},
+    "lora": {"rank": 2, "alpha": 4.0},
+    "id-pt": {"length": 3, "encoder_length": 2, "inner": 8, "heads": 2},
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
 def test_training_lowers_the_loss_leaves_the_model_alone_and_resumes(model: Path, kind: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"length": 3} if kind == "prompt-tuning" else {"rank": 2, "alpha": 4.0}
+    settings = SETTINGS[kind]
     hits = [[Hit(RIVER, 1.0, "t")]]
     question = [(Query("q", "which river is in rome"), Gold("q", ("tiber",), ("r",)))]
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -521,3 +522,68 @@ def test_selective_scores_come_back_from_json_with_the_questions() -> None:
 def test_one_kind_of_question_has_no_separation() -> None:
     found = selective(decisions((0.2, True), (0.4, True)), resamples=10)
     assert found.auroc_right is None and found.auroc_answerable is None and found.aurc == 0.0
+
+
+# --- several passes
+
+
+def asked_again(answers: Sequence[str], notes: dict[str, object], query_id: str = "q") -> Trace:
+    """A trace of closed-book passes, with one decision before the second."""
+    passes = [a_pass(number, packed=[]) for number in range(1, len(answers) + 1)]
+    trace = a_trace(answers, *passes, query_id=query_id)
+    return replace(trace, steps=(*trace.steps, Step("recurse", 2, 0.1, 4, notes=notes)))
+
+
+def test_each_later_pass_says_how_many_it_read_mended_and_undid() -> None:
+    traces = [
+        asked_again(["Bern", "Rome"], {}, "a"),
+        asked_again(["Rome", "Bern", "Rome"], {}, "b"),
+        asked_again(["Rome", "Rome"], {}, "c"),
+        asked_again(["Bern"], {}, "d"),
+    ]
+    gold = [Gold(query_id, ("Rome",)) for query_id in "abcd"]
+    found = evaluate(traces, gold, TEXTS.__getitem__, question_set="x", split="dev")
+    assert {number: (one.read, one.mended, one.undone) for number, one in found.re_passes.items()} == {
+        2: (3, 1, 1),
+        3: (1, 1, 0),
+    }
+    again = Evaluation.from_json(json.loads(json.dumps(found.to_json())))
+    assert again.re_passes == found.re_passes and again.questions == found.questions
+    assert found.to_json()["re_passes"] == {
+        "2": {"read": 3, "mended": 1, "undone": 1},
+        "3": {"read": 1, "mended": 1, "undone": 0},
+    }
+
+
+def test_a_run_of_one_pass_has_no_word_of_later_ones() -> None:
+    trace = a_trace(["Rome"], a_pass(1, packed=[]))
+    record = evaluate([trace], [ROME], TEXTS.__getitem__, question_set="x", split="dev").to_json()
+    assert "re_passes" not in record and "picks" not in record
+    assert not {"right", "picks"} & set(record["questions"][0])
+
+
+def test_choosing_among_the_samples_is_scored_beside_reading_them_again() -> None:
+    drawn = {"picks": {"most frequent sample": "Bern"}, "candidates": [{"text": "Bern"}, {"text": "rome."}]}
+    traces = [
+        asked_again(["Bern", "Rome"], drawn, "a"),
+        asked_again(["Rome"], {"why": "sure enough"}, "b"),  # not asked again: its first answer counts
+        asked_again(["Bern", "Bern"], {**drawn, "candidates": [{"text": "Bern"}]}, "c"),
+        asked_again(["Rome", "Rome"], {"picks": {"most frequent sample": "Rome"}, "candidates": []}, "d"),
+    ]
+    gold = [Gold(query_id, ("Rome",)) for query_id in "abcd"]
+    found = evaluate(traces, gold, TEXTS.__getitem__, question_set="x", split="dev")
+    # first: b, d; most frequent: b, d; among the samples: a, b (its answer); last: a, b, d
+    assert found.picks == {
+        "first pass": 50.0,
+        "most frequent sample": 50.0,
+        "oracle over the samples": 50.0,
+        "last pass": 75.0,
+    }
+    assert Evaluation.from_json(json.loads(json.dumps(found.to_json()))).picks == found.picks
+
+
+def test_what_was_fused_with_an_earlier_pass_came_to_the_packer_of_this_one() -> None:
+    steps, context = a_pass(2, ["n0"], None, ["n1"])
+    fused = [steps[0], Step("fuse", 2, 0.1, 4, ("n0", "n1", "y0")), *steps[1:]]
+    trace = a_trace(["Bern", "Bern"], a_pass(1, ["n2"], None, ["n2"]), (fused, context))
+    assert judge(trace, ROME, TEXTS.__getitem__).outcome == "not packed"

@@ -17,6 +17,7 @@ SETTINGS = {
     "prompt-tuning": {"length": 5},
     "prefix-tuning": {"length": 5, "inner": None},
     "adapter": {"rank": 3, "norms": True},
+    "id-pt": {"length": 5, "encoder_length": 2, "inner": 8, "heads": 2},
     "fine-tuning": {"skip": ["pooler"]},
 }
 

@@ -1,10 +1,19 @@
 """Fusion; every expected score is worked out in a comment."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
-from odqa.retrieve.fuse import alpha_fusion, reciprocal_rank_fusion, weighted_fusion
+from odqa.retrieve.fuse import (
+    alpha_fusion,
+    fuse_hits_by_rank,
+    fuse_hits_by_score,
+    reciprocal_rank_fusion,
+    weighted_fusion,
+)
 from odqa.retrieve.rankings import Rankings, rank_entries
+from odqa.types import Hit, Passage
 
 
 def run(rows: list[list[int]], scores: list[list[float]], source: str = "a") -> Rankings:
@@ -188,3 +197,28 @@ def test_rankings_refuse_arrays_of_other_shapes_and_types() -> None:
         Rankings(np.zeros((1, 2), np.int64), np.zeros((1, 3), np.float32), "x")
     with pytest.raises(ValueError, match="int64"):
         Rankings(np.zeros((1, 2), np.int32), np.zeros((1, 2), np.float32), "x")
+
+
+# --- hits of several passes of one question
+
+
+def hits(*scored: tuple[str, float]) -> list[Hit]:
+    return [Hit(Passage(passage_id, passage_id), score, "test") for passage_id, score in scored]
+
+
+def test_hits_are_fused_by_rank_and_ties_keep_the_order_of_first_appearance() -> None:
+    fused = fuse_hits_by_rank([hits(("a", 9.0), ("b", 8.0)), hits(("c", 0.2), ("b", 0.1))])
+    # b: 2/62; a and c: 1/61 each
+    assert [(hit.passage.id, hit.source) for hit in fused] == [("b", "fused"), ("a", "fused"), ("c", "fused")]
+    assert [hit.score for hit in fused] == pytest.approx([2 / 62, 1 / 61, 1 / 61])
+
+
+def test_hits_are_fused_by_mean_score_and_a_list_that_lacks_one_gives_its_lowest() -> None:
+    fused = fuse_hits_by_score([hits(("a", 9.0), ("b", 7.0)), [], hits(("c", 5.0), ("b", 4.0), ("d", 1.0))])
+    # a: (9 + 1) / 2; b: (7 + 4) / 2; c: (7 + 5) / 2; d: (7 + 1) / 2
+    assert [(hit.passage.id, hit.score) for hit in fused] == [("c", 6.0), ("b", 5.5), ("a", 5.0), ("d", 4.0)]
+
+
+@pytest.mark.parametrize("fuse", [fuse_hits_by_rank, fuse_hits_by_score])
+def test_nothing_found_in_any_pass_is_nothing(fuse: Callable[[list[list[Hit]]], list[Hit]]) -> None:
+    assert fuse([[], []]) == fuse([]) == []

@@ -599,3 +599,135 @@ def test_a_model_that_is_not_there_is_one_line() -> None:
     with pytest.raises(DataError, match="'/nowhere/model' does not load") as caught:
         load_lm("/nowhere/model")
     assert "\n" not in str(caught.value)
+
+
+# Samples and candidates
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bert2bert", "odqa-mini"])
+def test_samples_share_the_prompt_and_are_those_of_prompts_read_one_by_one(
+    models: dict[str, Backbone], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = models[name]
+    reader = make(backbone, max_new_tokens=6, batch_size=12)
+    contexts = pack(reader, 120)
+    seen: list[int] = []  # tokens of text that the layers are given
+    layers = backbone.model.get_encoder() if backbone.architecture == "seq2seq" else backbone.model
+
+    def watch(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+        seen.append((args[0] if args else kwargs["input_ids"]).numel())
+
+    handle = layers.register_forward_hook(watch, with_kwargs=True)
+    try:
+        shared = reader.draw(contexts, 4, seed=3)
+        once = sum(seen)
+        seen.clear()
+        if backbone.architecture == "seq2seq":
+            monkeypatch.setattr(LmReader, "_encode_apart", LmReader._prompts)
+        else:
+            monkeypatch.setattr(LmReader, "_shared_cache", lambda self, sources: {})
+        apart = reader.draw(contexts, 4, seed=3)
+    finally:
+        handle.remove()
+    assert [[sample.text for sample in one] for one in shared] == [[sample.text for sample in one] for one in apart]
+    for one, other in zip(shared, apart, strict=True):
+        # float32 sums in another order
+        assert [s.logprob for s in one] == pytest.approx([s.logprob for s in other], abs=1e-4)
+    # A causal model is also given every token that it writes; four times a prompt is far more than that.
+    assert sum(seen) > 1.7 * once
+
+
+def test_samples_depend_on_seed_and_query_alone_and_leave_the_reader_as_it_was(backbone: Backbone) -> None:
+    reader = make(backbone)
+    contexts = pack(reader)
+    together = reader.draw(contexts, 3, seed=1)
+    assert [len(one) for one in together] == [3] * len(contexts)
+    alone = [reader.draw([context], 3, seed=1)[0] for context in reversed(contexts)]
+    assert [[s.text for s in one] for one in alone[::-1]] == [[s.text for s in one] for one in together]
+    assert reader.draw(contexts, 3, seed=2) != together
+    assert reader.sample is False and reader.candidates == 1
+
+
+@pytest.mark.parametrize(("count", "settings"), [(0, {}), (2, {"temperature": 0.0}), (2, {"top_p": 0.0})])
+def test_drawing_nothing_or_without_a_distribution_is_a_recipe_error(
+    backbone: Backbone, count: int, settings: dict[str, float]
+) -> None:
+    with pytest.raises(RecipeError, match=r"candidates is 0|temperature|top_p"):
+        make(backbone).draw([], count, **settings)
+
+
+def test_candidates_are_shown_behind_the_passages_and_paid_for_to_the_token(backbone: Backbone) -> None:
+    reader = make(backbone)
+    for context in pack(reader):
+        shown = reader.show_candidates(context, ["paris", "the tiber", "paris"])
+        assert shown.candidates == ("paris", "the tiber") and shown.hits == context.hits
+        (ids,) = reader.encode(shown)
+        assert len(ids) == shown.tokens > context.tokens
+        assert shown.budget - context.budget == shown.tokens - context.tokens
+        (before,) = reader.encode(context)
+        front = next(at for at, (one, other) in enumerate(zip(ids, before, strict=False)) if one != other)
+        added = shown.tokens - context.tokens
+        assert ids[:front] + ids[front + added :] == before  # nothing else has changed
+        text = reader._decode(ids[:front])
+        assert all(hit.passage.text.split()[-1].strip(".") in text for hit in context.hits)
+        assert "Q" not in reader._decode(ids[front : front + added])
+    assert len(reader.read([shown])) == 1
+
+
+def test_a_window_that_is_too_small_for_all_loses_passages_and_then_candidates(models: dict[str, Backbone]) -> None:
+    reader = make(models["llama"], window=112)
+    context = GreedyPacker(reader, 100).pack(QUERIES[:1], HITS[:1])[0]
+    one = reader.show_candidates(context, ["the river seine", "the tiber in rome"])
+    assert 0 < len(one.hits) < len(context.hits) and one.hits == context.hits[: len(one.hits)]
+    assert [drop.passage_id for drop in one.dropped[len(context.dropped) :]] == [
+        hit.passage.id for hit in context.hits[: len(one.hits) - 1 : -1]
+    ]
+    words = ("one", "two", "three", "four", "five")
+    many = reader.show_candidates(context, [f"{word} long river number {word} of the old world" for word in words])
+    assert many.hits == () and 0 < len(many.candidates) < 5
+    with pytest.raises(DataError, match=r"one candidate take \d+ tokens.*has room for"):
+        reader.show_candidates(context, ["river " * 120])
+    with pytest.raises(ValueError, match="no candidate has a text"):
+        reader.show_candidates(context, ["", " \n "])
+
+
+def test_two_readers_share_a_model_and_each_reads_with_its_own_method(models: dict[str, Backbone]) -> None:
+    from odqa.frozen.method import create_method
+
+    for name in ("gpt2", "odqa-mini"):
+        backbone = models[name]
+        before = fingerprint(backbone.model)
+        methods = [create_method("prompt-tuning", backbone, length=4, seed=seed) for seed in (1, 2)]
+        first, second = (make(backbone, method=method, is_shared=True) for method in methods)
+        contexts = pack(first)
+        texts = [[answer.score for answer in reader.read(contexts)] for reader in (first, second, first)]
+        assert texts[0] == texts[2] != texts[1]
+        assert [answer.score for answer in make(backbone).read(contexts)] not in texts
+        alone = make(backbone, method=create_method("prompt-tuning", backbone, length=4, seed=1))
+        assert [answer.score for answer in alone.read(contexts)] == texts[0]
+        assert alone._attachable is not None
+        alone._attachable.detach()
+        assert fingerprint(backbone.model) == before
+
+
+@pytest.mark.parametrize("name", ["llama", "odqa-mini"])
+def test_samples_share_the_prompt_under_a_method_too(
+    models: dict[str, Backbone], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from odqa.frozen.method import create_method
+
+    method = create_method("prompt-tuning", models[name], length=4, seed=1)
+    reader = make(models[name], max_new_tokens=6, batch_size=12, method=method, is_shared=True)
+    contexts = pack(reader, 120)
+    shared = reader.draw(contexts, 4, seed=3)
+    if models[name].architecture == "seq2seq":
+        monkeypatch.setattr(LmReader, "_encode_apart", LmReader._prompts)
+    else:
+        monkeypatch.setattr(LmReader, "_shared_cache", lambda self, sources: {})
+    apart = reader.draw(contexts, 4, seed=3)
+    assert [[sample.text for sample in one] for one in shared] == [[sample.text for sample in one] for one in apart]
+    for one, other in zip(shared, apart, strict=True):
+        # float32 sums in another order
+        assert [s.logprob for s in one] == pytest.approx([s.logprob for s in other], abs=1e-4)
+    bare = make(models[name], max_new_tokens=6).draw(contexts, 4, seed=3)
+    assert [[s.logprob for s in one] for one in bare] != [[s.logprob for s in one] for one in shared]

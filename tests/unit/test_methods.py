@@ -20,11 +20,12 @@ from odqa.frozen.method import Method, create_method, load_method
 from odqa.frozen.peft_format import load_peft, save_peft
 from odqa.frozen.prefix import prefix_of_prompt
 from odqa.frozen.prompt_tuning import PromptTuning
-from tests.tiny_models import tiny_bert2bert, tiny_gpt2, tiny_llama, tiny_odqa_mini, tiny_t5
+from tests.tiny_models import tiny_bert, tiny_bert2bert, tiny_gpt2, tiny_llama, tiny_odqa_mini, tiny_t5
 
 SOURCES = [[41, 42, 43, 44, 45, 46, 47], [51, 52, 53], [61, 62, 63, 64, 65]]
 TARGETS = [[71, 72, 73], [74, 75], [76]]
-P, R, M = 4, 3, 8  # prompt length, rank, inner width of the prefix network
+P, R, M = 4, 3, 8  # prompt length, rank, inner width of the prefix network and of ID-PT's attention
+N = 3  # length of the encoder's prompt in ID-PT
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"rank": R, "alpha": 6.0},
     "adapter": {"rank": R},
     "normed-adapter": {"rank": R, "norms": True, "cross": True},
+    "id-pt": {"length": P, "encoder_length": N, "inner": M, "heads": 2},
+    "read-id-pt": {"length": P, "encoder_length": N, "inner": M, "heads": 2},  # a BERT reads the text
     "fine-tuning": {},
 }
 SOFT = ("prompt-tuning", "deep-prompt", "prefix-tuning", "flat-prefix-tuning")
@@ -91,6 +94,7 @@ SOFT = ("prompt-tuning", "deep-prompt", "prefix-tuning", "flat-prefix-tuning")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
+    tiny_bert(root / "bert")
     return {name: kind.make(root / name) for name, kind in KINDS.items()}
 
 
@@ -135,7 +139,9 @@ _made: list[Method] = []
 
 
 def create(name: str, backbone: Backbone, **settings: Any) -> Method:
-    method = create_method(name.removeprefix("flat-").removeprefix("normed-"), backbone, **settings)
+    for prefix in ("flat-", "normed-", "read-"):
+        name = name.removeprefix(prefix)
+    method = create_method(name, backbone, **settings)
     _made.append(method)
     return method
 
@@ -144,6 +150,8 @@ def make(name: str, kind: str, backbone: Backbone, *, moved: bool = True) -> Met
     settings = dict(SETTINGS[name])
     if name == "fine-tuning":
         settings["skip"] = list(KINDS[kind].skip)
+    if name == "read-id-pt":
+        settings["encoder"] = str(Path(backbone.name).parent / "bert")
     method = create(name, backbone, **settings)
     if moved:
         torch.manual_seed(1)
@@ -245,6 +253,10 @@ def test_exactly_the_expected_tensors_are_saved(name: str, kind: str, backbone: 
         assert set(norms) <= {(32,)} and 32 * len(norms) == (model.norms if "normed" in name else 0)
         assert len(saved) == 4 * places + len(norms)
         return
+    elif name.endswith("id-pt"):
+        states = 64 if name == "id-pt" and kind == "odqa-mini" else 32  # states and word vectors side by side
+        expected = {"encoder_prompt": (N, 32), "prompt": (P, 32), "queries": (P, M), "out.weight": (32, M)}
+        expected |= {"key.weight": (M, states), "value.weight": (M, states)}
     else:
         named = backbone.model.named_parameters()
         expected = {
@@ -269,6 +281,8 @@ def test_the_count_is_the_formula(name: str, kind: str, backbone: Backbone) -> N
         "flat-prefix-tuning": flat,
         "lora": sum(R * (d_in + d_out) for d_in, d_out in model.maps),
         "adapter": layers * 2 * bottleneck,
+        "id-pt": N * 32 + P * M + 2 * M * (64 if kind == "odqa-mini" else 32) + M * 32 + P * 32,
+        "read-id-pt": N * 32 + P * M + 2 * M * 32 + M * 32 + P * 32,
         "normed-adapter": (layers * 2 + model.sides.get("cross", 0)) * bottleneck + model.norms,
         "fine-tuning": count.frozen - (32 * 32 + 32 if model.skip else 0),  # without BERT's pooler
     }[name]
@@ -285,7 +299,7 @@ def test_every_counted_tensor_gets_a_gradient_and_no_frozen_one(name: str, kind:
     backbone.loss(SOURCES, TARGETS).backward()  # type: ignore[no-untyped-call]
     for key, tensor in method.tensors().items():
         assert tensor.grad is not None and tensor.grad.abs().sum() > 0, key
-    if name in SOFT:
+    if name in SOFT or name.endswith("id-pt"):
         rows = [tensor.grad.flatten(0, -2).abs().sum(-1) for tensor in method.parameters() if tensor.ndim > 1]
         assert name == "prefix-tuning" or all((row > 0).all() for row in rows)  # every vector of the prompt
     method.detach()
