@@ -27,6 +27,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _MARKS = "os^Dvx*"
 _DASHES = ("-", "--", "-.", ":")
 _PANEL = (4.6, 3.4)  # inches
+_MOST_TICKS = 16  # our choice: more labels would lie on one another
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "odqa",  # ids inside of an SVG follow from its content
     "font.size": 9.0,
@@ -172,7 +173,9 @@ def lines(
             else:
                 axes.set_ylim(bottom=0)
         shown = {label: line for axes in columns for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(4, len(shown)))
+        figure.legend(
+            shown.values(), shown.keys(), loc="outside lower center", ncols=min(4 if len(panels) > 1 else 3, len(shown))
+        )
 
     _save(path, (_PANEL[0] * len(panels), _PANEL[1] + 0.5), draw)
 
@@ -196,11 +199,12 @@ def _draw_metric(axes: "Axes", group: Sequence[Measured], metric: str, styles: M
 
 
 def _scale_x(axes: "Axes", places: Sequence[float], scale: Scale) -> None:
-    """Ticks stand where something was measured."""
+    """Ticks stand where something was measured, unless that is at very many places."""
     if scale == "log":
         axes.set_xscale("log", base=2)
         axes.minorticks_off()
-    axes.set_xticks(places, [f"{place:g}" for place in places], rotation=45)
+    if len(places) <= _MOST_TICKS:
+        axes.set_xticks(places, [f"{place:g}" for place in places], rotation=45)
 
 
 def _style(number: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ All models read the same tokens, those that are being written too. A token of th
 of what stands before it, no pad, and nothing that comes later. A causal m_A has keys and values of its own; they and
 those of the links lie behind the anchor's in one cache object, so that beams take them along. An encoder reads the
 source alone, and every token sees all of it (our choice: it would read early tokens otherwise as later ones come).
-Where the source of a causal anchor ends, `Backbone.reading` says.
+Where the source of a causal anchor ends, `odqa.frozen.layout.source_ends` says.
 
 An encoder-decoder anchor has its links in its decoder (our choice); m_A reads source and answer in one row, without the
 token that the decoder starts with.

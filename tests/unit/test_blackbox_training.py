@@ -62,6 +62,16 @@ def test_a_searched_prompt_is_one_that_a_pipeline_reads_with(recipe: Path, tmp_p
     assert "trained already" in ok("train", recipe, "--artifacts", tmp_path).err
 
 
+def test_a_search_starts_from_a_prompt_that_was_trained_before(recipe: Path, tmp_path: Path) -> None:
+    """Such as a provider's own p0: what it gives on tune is where the new search begins."""
+    first = Path(ok("train", recipe, "--artifacts", tmp_path).out.strip())
+    changes = ("--set", f"start={first}", "--set", "trainer.seed=2", "--out", tmp_path / "on")
+    later = Path(ok("train", recipe, *changes, "--artifacts", tmp_path).out.strip())
+    before, after = (json.loads((folder / "curve.json").read_text()) for folder in (first, later))
+    assert after[0]["tune"] == pytest.approx(before[-1]["tune"], abs=1e-6)
+    assert after[-1]["tune"] >= after[0]["tune"]
+
+
 def test_a_killed_search_ends_with_the_same_bytes(recipe: Path, tmp_path: Path) -> None:
     def train(name: str, log: Any) -> Path:
         return training.train(recipe, places=Places(artifacts=tmp_path), out=tmp_path / name, log=log).path
