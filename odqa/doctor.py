@@ -312,8 +312,8 @@ class _Needs:
                 self._add(reader.key_variable, told, "missing", f"export {reader.key_variable}=...")
         else:
             models = [reader.model]
-        if isinstance(settings.reader, config.LmReaderSettings) and settings.reader.method is not None:
-            models.append(settings.reader.method)
+        if isinstance(settings.reader, config.LmReaderSettings):
+            models += settings.reader.methods
         stages = settings.reranker.stages if isinstance(settings.reranker, config.Cascade) else (settings.reranker,)
         for stage in stages:
             if isinstance(stage, config.GivenScores):

@@ -599,9 +599,9 @@ def _identity_of_reader(settings: config.AnyReader, reader: object, places: Plac
 
         assert isinstance(reader, LmReader)
         parts = [reader.backbone.fingerprint]
-    if isinstance(settings, config.LmReaderSettings) and settings.method is not None:
-        folder = places.file(settings.method)
-        parts += [sha256_file(folder / name) for name in ("method.safetensors", "method.json")]
+    if isinstance(settings, config.LmReaderSettings):
+        folders = [places.file(name) for name in settings.methods]
+        parts += [sha256_file(folder / name) for folder in folders for name in ("method.safetensors", "method.json")]
     if isinstance(settings.demonstrations, config.DemonstrationPool):
         parts.append(sha256_file(places.file(settings.demonstrations.file)))
     return parts[0] if len(parts) == 1 else sha256_json(parts)

@@ -144,7 +144,7 @@ class Pipeline:
 
     def _read_latent(self, records: list["_Record"], contexts: list[LatentContext], pass_no: int) -> None:
         """Read vectors again. The context of such a pass is the packed one that the vectors came from."""
-        reader: object = self.reader
+        reader: object = self.rereader or self.reader
         if not isinstance(reader, LatentReading):
             raise TypeError(
                 f"pass {pass_no}: the recursion gives vectors to read, and {type(reader).__name__} reads text only. It "

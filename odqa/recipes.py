@@ -414,8 +414,8 @@ def shares_model(settings: config.PipelineRecipe) -> bool:
 
 def with_recursion(pipeline: "Pipeline", settings: config.PipelineRecipe, places: Places | None) -> "Pipeline":
     """The pipeline itself, with what the recipe says of further passes."""
-    from odqa.recurse import CandidateRecursion, Gate, RetrievalRecursion, Samples, surer
-    from odqa.stages import DrawsSamples, ReadsCandidates
+    from odqa.recurse import CandidateRecursion, Gate, RetrievalRecursion, Samples, VectorRecursion, surer
+    from odqa.stages import DrawsSamples, GivesVectors, ReadsCandidates
 
     chosen = settings.recursion
     if chosen is None:
@@ -426,6 +426,12 @@ def with_recursion(pipeline: "Pipeline", settings: config.PipelineRecipe, places
     second = settings.second_reader
     reader = None if second is None else _second_reader(second, pipeline.reader, settings, places)
     first: object = pipeline.reader
+    if isinstance(chosen, config.NeuralRecursion):
+        pipeline.rereader = reader
+        gives: object = reader
+        assert isinstance(gives, GivesVectors)  # the recipe was checked: it is of kind lm
+        pipeline.recursion = VectorRecursion(gives, gate=gate)
+        return pipeline
     if isinstance(chosen, config.TextualRecursion):
         pipeline.rereader = reader
         shows: object = reader
@@ -594,13 +600,13 @@ def _build_lm_reader(
     from odqa.read.lm import LmReader
     from odqa.read.prompts import find_template
 
-    method = None if settings.method is None else load_method(places.file(settings.method), backbone)
+    methods = [load_method(places.file(name), backbone) for name in settings.methods]
     own = {"kind", "model", "method", "architecture", "prompt", "template", "demonstrations"}
     own |= {"device", "dtype", "load_options"}
     template = find_template(settings.prompt, settings.template)
     shown = build_demonstrations(settings.demonstrations, places)
     options = settings.model_dump(exclude=own)
-    return LmReader(backbone, template, demonstrations=shown, method=method, is_shared=is_shared, **options)
+    return LmReader(backbone, template, demonstrations=shown, method=methods, is_shared=is_shared, **options)
 
 
 def _build_api_reader(settings: config.ApiReaderSettings, places: Places) -> "Reader":

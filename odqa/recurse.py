@@ -3,7 +3,7 @@
 `CandidateRecursion` shows the model its own candidate answers beside the question and the same passages (textual
 recursion: arXiv 2204.10019, section 4, there closed-book). `RetrievalRecursion` goes back to retrieval with the
 question and the first answer (Iter-RetGen: arXiv 2305.15294), or with the passage that a model says is missing. Both
-ask again only where a `Gate` says so. The way through vectors is `odqa.frozen.neural`.
+ask again only where a `Gate` says so, and so does `VectorRecursion`, the way through vectors (`odqa.frozen.neural`).
 
 It knows readers by protocol alone, and nothing between calls: the same passes give the same decision.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from odqa.errors import RecipeError
-from odqa.stages import DrawsSamples, Next, Packer, Reader, ReadsCandidates
+from odqa.stages import DrawsSamples, GivesVectors, Next, Packer, Reader, ReadsCandidates
 from odqa.text import normalize_answer
 from odqa.types import Answer, Candidate, Hit, PackedContext, Query, Sample
 
@@ -188,6 +188,31 @@ class CandidateRecursion:
             return []
         drawn = self.samples.draw(self.sampler, [past[0][0] for past in passes], pass_no)
         return [distinct(samples) for samples in drawn]
+
+
+class VectorRecursion:
+    """Has `reader` read its own last hidden states again, through a trained connector (neural recursion).
+
+    What the first pass wrote plays no part in it: the vectors are those of the question and the packed passages.
+    """
+
+    def __init__(self, reader: GivesVectors, *, gate: Gate | None = None) -> None:
+        self.reader, self.gate = reader, gate or Gate()
+        reader.latent([])  # one without a connector is refused at once
+
+    def again(self, contexts: Sequence[PackedContext], answers: Sequence[Answer], pass_no: int) -> list[Next]:
+        """See `odqa.stages.Recursion`."""
+        passes = [[one] for one in zip(contexts, answers, strict=True)]
+        return [found for found, _ in self.decide(passes, pass_no)]
+
+    def decide(self, passes: Sequence[Passes], pass_no: int) -> list[Decided]:
+        """See `odqa.stages.SaysWhy`."""
+        decided: list[Decided] = [(None, self.gate.stops(past) or {}) for past in passes]
+        asked = [number for number, (_, why) in enumerate(decided) if not why]
+        latent = self.reader.latent([passes[number][-1][0] for number in asked])
+        for number, found in zip(asked, latent, strict=True):
+            decided[number] = found, self.gate.opens(passes[number])
+        return decided
 
 
 class RetrievalRecursion:

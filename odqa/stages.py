@@ -88,6 +88,15 @@ class LatentReading(Protocol):
 
 
 @runtime_checkable
+class GivesVectors(LatentReading, Protocol):
+    """A reader that can make the vectors that it reads again."""
+
+    def latent(self, contexts: Sequence[PackedContext]) -> list[LatentContext]:
+        """What `read_latent` takes, one for each context."""
+        ...
+
+
+@runtime_checkable
 class DrawsSamples(Protocol):
     """A reader that can write several answers to one context by chance."""
 

@@ -155,6 +155,8 @@ def train(
         return _train_lm_reader(recipe, recipe.settings, places, folder, log)
     if isinstance(recipe.settings, config.MixtureTraining):
         return _train_mixture(recipe, recipe.settings, places, folder, log)
+    if isinstance(recipe.settings, config.ConnectorTraining):
+        return _pretrain_connector(recipe, recipe.settings, places, folder, log)
     if isinstance(recipe.settings, config.LmTraining):
         return _pretrain_lm(recipe, recipe.settings, places, folder, log)
     if isinstance(recipe.settings, config.ReaderTraining):
@@ -415,6 +417,51 @@ def _train_lm_reader(
             adapt.search_prompt(
                 setup.reader, method, batches, tune, draft, setup.search(), stored=setup.stored, log=log
             )
+        _draw_curves(draft.path, {recipe.name: _curve(draft.path)}, log)
+    return load_artifact(folder, kind)
+
+
+def _pretrain_connector(
+    recipe: Recipe, settings: config.ConnectorTraining, places: Places, folder: Path, log: Log
+) -> Artifact:
+    import torch
+
+    from odqa.corpus.io import read_passages
+    from odqa.frozen.fit import FitSettings
+    from odqa.frozen.language import CutTexts
+    from odqa.frozen.neural import NeuralRecursion
+    from odqa.read import adapt
+    from odqa.read.lm import LmReader
+    from odqa.recipes import build_reader
+    from odqa.runtime import has_fast_bf16
+
+    pipeline = load_recipe(settings.pipeline, "pipeline").settings
+    assert isinstance(pipeline, config.PipelineRecipe)
+    if not isinstance(pipeline.reader, config.LmReaderSettings) or pipeline.reader.method is not None:
+        raise RecipeError(f"{settings.pipeline}: a connector is trained for a reader of kind lm without a method.")
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    reader = build_reader(pipeline.reader.model_copy(update={"dtype": "float32"}), places)
+    assert isinstance(reader, LmReader)
+    files = {name: places.file(name) for name in settings.passages}
+    inputs: dict[str, Any] = {name: describe_file(name, path)["sha256"] for name, path in files.items()}
+    inputs["backbone"] = reader.backbone.fingerprint
+    found = finished_artifact(folder, adapt.KIND, recipe, log)
+    if found is not None and found.manifest["inputs"] == inputs:
+        log(f"{folder}: trained already")
+        return found
+    texts = [passage.text for file in files.values() for passage in read_passages(file)]
+    order = np.random.default_rng(settings.seed).permutation(len(texts))[: settings.texts]
+    ids = [reader.encode_answer(texts[number]) for number in order.tolist()]
+    batches = CutTexts(ids, tokens=settings.tokens, size=settings.batch, seed=settings.seed)
+    method = NeuralRecursion(reader.backbone, **settings.method.model_dump(mode="json", exclude={"kind"}))
+    on_cpu = reader.backbone.device.type == "cpu"
+    autocast = has_fast_bf16() or not on_cpu if settings.autocast is None else settings.autocast
+    fit = FitSettings(**settings.fit.model_dump(), autocast=autocast)
+    stored = torch.float16 if settings.stored == "float16" else torch.float32
+    kind, scratch = adapt.KIND, (adapt.CHECKPOINT,)
+    with building(folder, kind, recipe=recipe.resolved, inputs=inputs, scratch=scratch, unlisted=(PICTURE,)) as draft:
+        adapt.train_method(reader, method, batches, {}, draft, fit, stored=stored, log=log)
         _draw_curves(draft.path, {recipe.name: _curve(draft.path)}, log)
     return load_artifact(folder, kind)
 
@@ -764,9 +811,10 @@ class _LmSetup:
 
         inputs: dict[str, Any] = {name: describe_file(name, path)["sha256"] for name, path in self.files.items()}
         inputs |= {"backbone": self.reader.backbone.fingerprint, "pipeline": self.pipeline.hash}
-        first = self.pipeline.settings.reader.method if self.settings.second else None  # type: ignore[attr-defined]
-        if first is not None:
-            inputs["first"] = sha256_file(self.places.file(first) / TENSORS)
+        first = self.pipeline.settings.reader.methods if self.settings.second else ()  # type: ignore[attr-defined]
+        if first:
+            hashes = [sha256_file(self.places.file(name) / TENSORS) for name in first]
+            inputs["first"] = hashes[0] if len(hashes) == 1 else hashes
         if self.rankings is not None:
             inputs["rankings"] = load_artifact(self.rankings, RANKINGS).hash
         if self.start is not None:

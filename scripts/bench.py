@@ -6,6 +6,7 @@
     python scripts/bench.py rerank --data DIR [--reranker FOLDER]
     python scripts/bench.py prompt --data DIR [--model MODEL]
     python scripts/bench.py bank [--users 1 ... --users 200]
+    python scripts/bench.py calm
     python scripts/bench.py precision INDEX_RECIPE QUESTIONS... [--data DIR]
     python scripts/bench.py sharing [EVAL_RECIPE] [--limit N]
     python scripts/bench.py pipeline --peers PYTHON [--data DIR] [--work FOLDER --minutes N]
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where this file
 from benchmarks import (
     bank,
     bm25,
+    calm,
     dump,
     latency,
     multistream,
@@ -47,7 +49,7 @@ from benchmarks import (
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for module in (
     *(dump, multistream, bm25, retrieval, quantised, scale, precision),
-    *(rerank, prompt, bank, latency, sharing, pipeline, serve, remote),
+    *(rerank, prompt, bank, calm, latency, sharing, pipeline, serve, remote),
 ):
     name = module.__name__.rpartition(".")[2]
     app.command(name, help=module.__doc__)(getattr(module, name))

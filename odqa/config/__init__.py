@@ -19,7 +19,7 @@ from odqa.config.index import (
     Vectors,
 )
 from odqa.config.instructions import MixtureRecipe, MixtureTraining, TaskTemplates, Templates
-from odqa.config.labs import BlackboxLab, Claim, IdptLab, Lab, LabFigure, ProbesLab, TasksLab
+from odqa.config.labs import BlackboxLab, CalmLab, Claim, IdptLab, Lab, LabFigure, ProbesLab, RecursionHopsLab, TasksLab
 from odqa.config.pipeline import (
     AlphaHybridRetriever,
     AnyReader,
@@ -41,14 +41,17 @@ from odqa.config.pipeline import (
     SpanReaderSettings,
     TrimSettings,
 )
-from odqa.config.recursion import AnyRecursion, RetrievalRecursion, TextualRecursion
+from odqa.config.recursion import AnyRecursion, NeuralRecursion, RetrievalRecursion, TextualRecursion
 from odqa.config.training import (
     AdapterSettings,
     AnyMethod,
+    AugmentingSettings,
     AveragedPart,
     BiEncoderFit,
     BiEncoderTraining,
     BlackboxTrainer,
+    CalmSettings,
+    ConnectorTraining,
     ContextRecipe,
     ContrastRecipe,
     DecoderLm,
@@ -65,6 +68,7 @@ from odqa.config.training import (
     Mining,
     MixRecipe,
     ModelAverage,
+    NeuralRecursionSettings,
     PrefixTuningSettings,
     PromptTuningSettings,
     ReaderTraining,
@@ -85,6 +89,7 @@ RECIPES: dict[str, type[Settings]] = {
     "train-average": ModelAverage,
     "train-lm": LmTraining,
     "train-lm-reader": LmReaderTraining,
+    "train-connector": ConnectorTraining,
     "train-mixture": MixtureTraining,
     "templates": Templates,
     "mine": Mining,
@@ -92,6 +97,8 @@ RECIPES: dict[str, type[Settings]] = {
     "lab-idpt": IdptLab,
     "lab-tasks": TasksLab,
     "lab-probes": ProbesLab,
+    "lab-recursion-hops": RecursionHopsLab,
+    "lab-calm": CalmLab,
 }
 
 __all__ = [
@@ -104,6 +111,7 @@ __all__ = [
     "AnyRecursion",
     "AnyRetriever",
     "ApiReaderSettings",
+    "AugmentingSettings",
     "AveragedPart",
     "BiEncoderFit",
     "BiEncoderTraining",
@@ -111,8 +119,11 @@ __all__ = [
     "BlackboxTrainer",
     "Bm25",
     "Bm25Retriever",
+    "CalmLab",
+    "CalmSettings",
     "Cascade",
     "Claim",
+    "ConnectorTraining",
     "ContextRecipe",
     "ContrastRecipe",
     "CrossEncoder",
@@ -151,6 +162,8 @@ __all__ = [
     "MixtureRecipe",
     "MixtureTraining",
     "ModelAverage",
+    "NeuralRecursion",
+    "NeuralRecursionSettings",
     "PackerSettings",
     "PipelineRecipe",
     "PrefixTuningSettings",
@@ -160,6 +173,7 @@ __all__ = [
     "QuestionLikelihood",
     "QuestionSet",
     "ReaderTraining",
+    "RecursionHopsLab",
     "RerankGroups",
     "RerankLoss",
     "RerankerSettings",

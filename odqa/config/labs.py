@@ -136,3 +136,54 @@ class ProbesLab(Lab):
     train_items: int = Field(900, ge=8)
     test_items: int = Field(400, ge=8)
     threads: int | None = Field(1, ge=1)
+
+
+class RecursionHopsLab(Lab):
+    """Two-hop questions for a model that knows one-hop facts, see `odqa.labs.recursion_hops`. All values are ours."""
+
+    kind: Literal["lab-recursion-hops"]
+    entities: int = Field(40, ge=2)
+    relations: int = Field(20, ge=2)
+    train_share: float = Field(0.6, gt=0, lt=1)
+    width: int = Field(64, ge=8)
+    layers: int = Field(2, ge=1)
+    heads: int = Field(4, ge=1)
+    sentences: int = Field(3, ge=1, description="of a text that the model learns from")
+    mentions: float = Field(0.2, ge=0, lt=1, description="share of sentences that are no fact but `e r r'`")
+    fact_steps: int = Field(500, ge=1)
+    fact_rate: float = Field(5e-3, gt=0)
+    batch: int = Field(128, ge=1)
+    prompt: int = Field(1, ge=1, description="vectors before each pass; a single pass has twice as many")
+    inner: int = Field(128, ge=1, description="width of the MLP connector")
+    steps: int = Field(1000, ge=1, description="on questions, of every method")
+    language_steps: int = Field(1000, ge=1, description="of pre-training as a language model")
+    rate: float = Field(5e-3, gt=0)
+    rates: dict[str, float] = Field({}, description="of arms with another one")
+    samples: tuple[int, ...] = Field((1, 4), min_length=1)
+
+
+class CalmLab(Lab):
+    """Arithmetic with keys whose values only one of two models knows, see `odqa.labs.calm`. Values are our choice."""
+
+    kind: Literal["lab-calm"]
+    keys: int = Field(1000, ge=20)
+    seen: float = Field(0.2, gt=0, lt=1, description="share of the keys that the examples of the combined skill have")
+    width_a: int = Field(64, ge=8)
+    layers_a: int = Field(3, ge=1)
+    width_b: int = Field(96, ge=8)
+    layers_b: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1, description="of both models")
+    model_steps: int = Field(600, ge=1)
+    model_rate: float = Field(2e-3, gt=0)
+    links: tuple[tuple[int, int], ...] = Field(
+        ((0, 0), (1, 1), (2, 2), (3, 3)), min_length=1, description="pairs of a layer of m_A and one of m_B"
+    )
+    steps: int = Field(600, ge=1)
+    rate: float = Field(3e-3, gt=0, description="of the links")
+    lora_rate: float = Field(3e-3, gt=0)
+    tuning_rate: float = Field(5e-4, gt=0)
+    batch: int = Field(128, ge=1)
+    numeric_share: float = Field(0.2, ge=0, le=1, description="of numeric arithmetic in the examples of every arm")
+    substitution_share: float = Field(0.2, ge=0, le=1)
+    points: int = Field(5, ge=1, description="of each curve")
+    test: int = Field(1000, ge=1, description="rows a measure")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from odqa.config.base import GrownSettings, Settings
-from odqa.config.recursion import AnyRecursion, RetrievalRecursion, TextualRecursion
+from odqa.config.recursion import AnyRecursion, NeuralRecursion, RetrievalRecursion, TextualRecursion
 
 
 class Bm25Retriever(Settings):
@@ -202,7 +202,9 @@ class LmReaderSettings(Settings):
 
     kind: Literal["lm"]
     model: str
-    method: str | None = Field(None, description="a method that was trained for this model; None: the model as it is")
+    method: str | tuple[str, ...] | None = Field(
+        None, description="a method trained for this model, or several (a composition and a prompt); None: none"
+    )
     architecture: Literal["causal", "seq2seq"] | None = Field(None, description="None: what the model's config says")
     passages: Literal["together", "apart"] = Field(
         "together", description="apart: each encoded in a prompt of its own, one decoder reads all (FiD)"
@@ -231,6 +233,11 @@ class LmReaderSettings(Settings):
     device: str = "auto"
     dtype: str = "auto"
     load_options: dict[str, Any] = Field({}, description="for from_pretrained: device_map, quantization_config, ...")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods' folders."""
+        return (self.method,) if isinstance(self.method, str) else self.method or ()
 
 
 class ApiReaderSettings(Settings):
@@ -338,6 +345,8 @@ class PipelineRecipe(GrownSettings):
         match self.recursion:
             case TextualRecursion(reader=changes):
                 return self._reader_with(changes, {})
+            case NeuralRecursion(connector=connector):
+                return self._reader_with({"method": connector}, {})
             case RetrievalRecursion(asks=dict() as changes):
                 # What was trained for answering is no help in asking.
                 return self._reader_with(changes, {"prompt": "missing-passage", "template": {}, "method": None})
@@ -377,6 +386,8 @@ class PipelineRecipe(GrownSettings):
                     raise ValueError(
                         f"recursion.query is {query!r}; fields are {{question}} and {{answer}}, the latter a must."
                     )
+            case NeuralRecursion() if self.reader.kind != "lm":
+                raise ValueError(f"recursion of kind neural needs a reader of kind lm, not {self.reader.kind}.")
             case TextualRecursion(source="samples") if self.reader.kind != "lm":
                 raise ValueError(
                     f"recursion.source is samples, and a {self.reader.kind} reader draws none. Set source: reader."

@@ -64,4 +64,12 @@ class RetrievalRecursion(_Recursion):
     )
 
 
-AnyRecursion = TextualRecursion | RetrievalRecursion
+class NeuralRecursion(_Recursion):
+    """Reads again from vectors that a trained connector makes of the model's own last hidden states."""
+
+    kind: Literal["neural"]
+    connector: str = Field(description="a method of kind neural-recursion that was trained for the reader's model")
+    passes: Literal[2] = 2  # type: ignore[assignment]  # a connector is trained for one further pass
+
+
+AnyRecursion = TextualRecursion | RetrievalRecursion | NeuralRecursion

@@ -32,6 +32,18 @@ class LoraSettings(Settings):
     seed: int = 0
 
 
+class NeuralRecursionSettings(Settings):
+    """Two passes joined by a trained connector, see `odqa.frozen.neural` (arXiv 2204.10019)."""
+
+    kind: Literal["neural-recursion"]
+    vectors: int | None = Field(None, ge=1, description="that pass 2 reads beside the text; null: one for each token")
+    depth: int = Field(1, ge=0, description="inner layers of the connector; 0: linear")
+    width: int | None = Field(None, ge=1, description="of the inner layers; null: the model's")
+    prompt: int = Field(0, ge=0, description="vectors of the soft prompt of each pass")
+    start: Literal["text", "random"] = "text"
+    seed: int = 0
+
+
 class AdapterSettings(Settings):
     """Houlsby adapters: bottlenecks behind attention and feed-forward part of every layer (arXiv 1902.00751)."""
 
@@ -85,6 +97,30 @@ class InputPromptSettings(Settings):
     inner: int = Field(64, ge=1, description="width of the attention from prompt to text, a multiple of heads")
     heads: int = Field(4, ge=1)
     read: int | None = Field(None, ge=1, description="tokens that the encoder reads, from the text's beginning")
+    seed: int = 0
+
+
+class AugmentingSettings(Settings):
+    """A frozen model whose states the reader's model reads, by folder or hub name; see `odqa.frozen.augment`."""
+
+    model: str
+    architecture: Literal["causal", "encoder"] = "causal"
+    links: tuple[tuple[int, int], ...] | int | None = Field(
+        None, description="pairs [its layer, the reader's layer], or a number of links; None: four, evenly"
+    )
+    reads: Literal["all", "source"] | None = Field(
+        None, description="all: what has been written too; None: all that it can (an encoder reads the source)"
+    )
+
+
+class CalmSettings(Settings):
+    """Links from other frozen models (CALM, arXiv 2401.02412)."""
+
+    kind: Literal["calm"]
+    models: tuple[AugmentingSettings, ...] = Field(min_length=1)
+    heads: int | None = Field(None, ge=1, description="of a link; None: as many as the reader's model has")
+    rotary: bool = Field(True, description="links see positions; the paper's do not")
+    normalise: bool = Field(True, description="links see states of one size; the paper's do not")
     seed: int = 0
 
 
@@ -305,6 +341,8 @@ AnyMethod = (
     | LoraSettings
     | AdapterSettings
     | InputPromptSettings
+    | NeuralRecursionSettings
+    | CalmSettings
     | FineTuningSettings
 )
 
@@ -383,6 +421,23 @@ class LmReaderTraining(GrownSettings):
                 f"({self.trainer.population}). Raise calls or lower population."
             )
         return self
+
+
+class ConnectorTraining(Settings):
+    """Pre-trains a connector between two passes of a frozen model on plain text; `train-lm-reader` starts from it."""
+
+    kind: Literal["train-connector"]
+    pipeline: str = Field(description="the model that its reader names is read with twice")
+    method: NeuralRecursionSettings
+    passages: tuple[str, ...] = Field(min_length=1, description="files of passages, whose texts are the language")
+    texts: int | None = Field(None, ge=1, description="at most so many passages, drawn at random; null: all")
+    tokens: int = Field(64, ge=2, description="of a text, beginning and continuation together")
+    batch: int = Field(16, ge=1)
+    seed: int = 0
+    fit: FitRecipe
+    autocast: bool | None = Field(None, description="forward pass in bfloat16; None: where that is fast")
+    stored: Literal["float16", "float32"] = "float32"
+    threads: int | None = Field(None, ge=1)
 
 
 class MixRecipe(Settings):

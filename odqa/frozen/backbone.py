@@ -11,14 +11,14 @@ import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from odqa.errors import DataError
-from odqa.frozen.layout import Side, pad_rows, text_positions
+from odqa.frozen.layout import Side, pad_rows, source_ends, text_positions
 from odqa.models import embedded_folder, quiet_loading
 from odqa.runtime import choose_device, choose_dtype
 
@@ -54,7 +54,7 @@ class Backbone:
     """A frozen model with its tokenizer.
 
     `fingerprint` is that of the weights as stored on disk, before any cast to a compute type: the name by which method
-    artifacts know their backbone. `name` is what the recipe said. `source_lengths`: see `reading`.
+    artifacts know their backbone. `name` is what the recipe said.
     """
 
     name: str
@@ -62,7 +62,6 @@ class Backbone:
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     fingerprint: str
-    source_lengths: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -100,19 +99,6 @@ class Backbone:
         vectors: torch.Tensor = self.model.get_input_embeddings()(ids)
         return vectors
 
-    @contextmanager
-    def reading(self, sources: Tokens) -> Iterator[None]:
-        """Say inside the block where the sources of a causal model's rows end, for methods that may read no further.
-
-        Its rows hold source and target, or what is being written, one behind the other. The calls below say it; who
-        calls the model itself with targets, or its `generate` without a cache, has to.
-        """
-        before, self.source_lengths = self.source_lengths, tuple(len(source) for source in sources)
-        try:
-            yield
-        finally:
-            self.source_lengths = before
-
     def encode(self, sources: Tokens, *, padding: Side = "right") -> Encoded:
         """Run the encoder of an encoder-decoder over token ids; positions count text, wherever the padding is."""
         ids, mask = self._tensors(sources, padding)
@@ -144,7 +130,7 @@ class Backbone:
             states: torch.Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
             return states
         rows = [[*source, *target] for source, target in zip(sources, targets or [()] * len(sources), strict=True)]
-        with self.reading(sources):
+        with source_ends([len(source) for source in sources]):
             return self._continue(*self._tensors(rows, padding or "left"))
 
     def token_losses(
@@ -196,7 +182,7 @@ class Backbone:
             if padding == "right":
                 raise ValueError("generate: a causal model writes at the end of a row; pad on the left")
             ids, mask = self._tensors(sources, "left")
-            with self.reading(sources):
+            with source_ends([len(source) for source in sources]):
                 out = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options)
             out = out[:, ids.shape[1] :]
         ends = self.end_tokens(options.get("eos_token_id"))
@@ -231,7 +217,7 @@ class Backbone:
         longest = max(len(target) for target in targets)
         # Rows that end together need the logits of their ends only: with V = 50,000 that is most of the memory.
         keep = longest + 1 if side == "left" and takes(self.model, "logits_to_keep") else 0
-        with self.reading(sources):
+        with source_ends([len(source) for source in sources]):
             logits = self._continue(ids, mask, **({"logits_to_keep": keep} if keep else {}))
         width = ids.shape[1]
         before = torch.tensor([len(source) - 1 for source in sources], device=ids.device)
@@ -298,6 +284,16 @@ def load_backbone(
 def takes(module: Any, name: str) -> bool:
     """Whether a module's forward pass has a parameter of that name."""
     return name in inspect.signature(module.forward).parameters
+
+
+def layer_list(backbone: Backbone) -> nn.ModuleList:
+    """The stack of layers; an encoder-decoder's is that of its decoder. Raises DataError if no list is found."""
+    model = backbone.model
+    skipped = set(model.get_encoder().modules()) if backbone.architecture == "seq2seq" else set()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module not in skipped:
+            return module
+    raise DataError(f"{backbone.name}: {type(model).__name__} has no list of layers to look into.")
 
 
 def _until_end(row: list[int], ends: frozenset[int]) -> list[int]:

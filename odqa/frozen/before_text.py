@@ -79,7 +79,7 @@ class BeforeText:
         if self._is_aside:
             return args, kwargs
         kwargs = {**dict(zip(("input_ids",), args, strict=False)), **kwargs}
-        if _has_text(kwargs.get("past_key_values")):
+        if has_text(kwargs.get("past_key_values")):
             return (), self._go_on(kwargs)
         vectors, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
         vectors = self.backbone.embed(kwargs.pop("input_ids")) if vectors is None else vectors  # (B, T, D)
@@ -155,5 +155,6 @@ def _tell_mask(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any
         setattr(output, SOURCE_MASK, mask)
 
 
-def _has_text(cache: Any) -> bool:
+def has_text(cache: Any) -> bool:
+    """Whether a call goes on from a text that the model has read."""
     return cache is not None and int(cache.get_seq_length()) > 0

@@ -75,6 +75,10 @@ PRESETS: Mapping[str, Preset] = {
     "lora": Preset(2e-4, "linear", "Hu et al. 2021, appendix D: GPT-2"),
     "adapter": Preset(3e-4, "linear", "Houlsby et al. 2019, section 3.2: the middle one of 3e-5, 3e-4, 3e-3"),
     "id-pt": Preset(3e-3, "linear", "ours; the paper names none, bnitsan/GPT-IDPT has 4e-4"),
+    "neural-recursion": Preset(
+        3e-3, "linear", "our labs (eval/lab-recursion-hops.yaml); the paper's rate is not known"
+    ),
+    "calm": Preset(3e-3, "linear", "ours, from eval/lab-calm.yaml; the paper does not say"),
     "fine-tuning": Preset(5e-5, "linear", "Devlin et al. 2019, section A.3: the largest of 2e-5, 3e-5, 5e-5"),
 }
 

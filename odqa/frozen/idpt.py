@@ -13,7 +13,7 @@ suits models with small and large ones.
 
 The encoder is the backbone's own (of a causal model: its layers), or any other model, whose tokenizer may differ: then
 the text is decoded and tokenised again. It reads the source of a causal model's row, never its target: see
-`Backbone.reading`. A model that is given word vectors in place of tokens cannot have this method.
+`odqa.frozen.layout.source_ends`. A model that is given word vectors in place of tokens cannot have this method.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from torch import nn
 from odqa.errors import ArtifactMismatch, DataError
 from odqa.frozen.backbone import Backbone, load_backbone, takes
 from odqa.frozen.before_text import BeforeText, Given, Words, positions_with
-from odqa.frozen.layout import insert, pad_rows, text_positions, text_start
+from odqa.frozen.layout import insert, pad_rows, text_positions, text_start, told_source_ends
 from odqa.frozen.method import Count, Method
 from odqa.frozen.words import check_length, check_room, random_words
 from odqa.models import is_encoder_decoder
@@ -129,7 +129,7 @@ class InputPrompt(Method):
         if given.ids is None:
             raise DataError(f"{self.kind}: the model is given word vectors; it reads token ids only.")
         rows = [row[shown.bool()].tolist() for row, shown in zip(given.ids, given.mask, strict=True)]
-        ends = self._backbone[0].source_lengths
+        ends = told_source_ends()
         if ends is None:
             return rows
         copies = len(rows) // len(ends)  # beams and samples of a source stand next to one another

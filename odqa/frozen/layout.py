@@ -4,12 +4,16 @@ The invariant: what is put in stands directly before a row's first token, wherev
 between the two, so models that look at distances (T5) and pads of any number give the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
 
 Side = Literal["left", "right"]
+
+_source_ends: ContextVar[tuple[int, ...] | None] = ContextVar("source_ends", default=None)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], padding: int, side: Side) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,3 +57,21 @@ def remove(values: torch.Tensor, start: torch.Tensor, length: int) -> torch.Tens
     place = torch.arange(values.shape[1] - length, device=values.device).expand(len(values), -1)
     source = torch.where(place < start[:, None], place, place + length)
     return values[torch.arange(len(values), device=values.device)[:, None], source]
+
+
+@contextmanager
+def source_ends(lengths: Sequence[int]) -> Iterator[None]:
+    """Say of the rows that a causal model computes inside of the block how many of their tokens are source.
+
+    What follows is written, or was: methods may treat it otherwise. A batch may have each row several times in a row.
+    """
+    token = _source_ends.set(tuple(lengths))
+    try:
+        yield
+    finally:
+        _source_ends.reset(token)
+
+
+def told_source_ends() -> tuple[int, ...] | None:
+    """What `source_ends` said; None outside of it."""
+    return _source_ends.get()

@@ -91,6 +91,16 @@ class Method(nn.Module):
         """The settings that make the method that `saved_tensors` belong to."""
         return self.settings
 
+    @property
+    def longest_text(self) -> int | None:
+        """The longest text in tokens that the method itself can read; None: any."""
+        return None
+
+    @property
+    def reads_source(self) -> bool:
+        """Whether what the method does depends on the whole source, so that it must come in one call."""
+        return False
+
     def virtual_tokens(self, backbone: Backbone) -> int:
         """Tokens of the backbone's window that the method takes from the text."""
         return 0
@@ -132,14 +142,16 @@ class Method(nn.Module):
 def create_method(kind: str, backbone: Backbone, **settings: Any) -> Method:
     """A fresh method of one of the known kinds. Raises ArtifactError naming the kinds for an unknown one."""
     from odqa.frozen.adapter import Adapter
+    from odqa.frozen.calm import Calm
     from odqa.frozen.finetuning import FineTuning
     from odqa.frozen.idpt import InputPrompt
     from odqa.frozen.lora import Lora
+    from odqa.frozen.neural import NeuralRecursion
     from odqa.frozen.prefix import PrefixTuning
     from odqa.frozen.prompt import DeepPrompt
     from odqa.frozen.prompt_tuning import PromptTuning
 
-    known = (PromptTuning, DeepPrompt, PrefixTuning, Lora, Adapter, InputPrompt, FineTuning)
+    known = (PromptTuning, DeepPrompt, PrefixTuning, Lora, Adapter, InputPrompt, NeuralRecursion, Calm, FineTuning)
     kinds: dict[str, type[Method]] = {cls.kind: cls for cls in known}
     if kind not in kinds:
         raise ArtifactError(f"method kind {kind!r} is not known; known are {', '.join(sorted(kinds))}.")

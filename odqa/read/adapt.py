@@ -7,6 +7,7 @@ depends on the seed alone. The loop is `odqa.frozen.fit`; nothing here reads a d
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from odqa.frozen.fit import FitSettings, fit
 from odqa.frozen.local import LocalEngine
 from odqa.frozen.metered import Metered
 from odqa.frozen.method import Method
+from odqa.frozen.neural import NeuralRecursion, cost_of_passes
 from odqa.frozen.prompt_tuning import PromptTuning
 from odqa.read.lm import LmReader
 from odqa.runtime import peak_memory_bytes
@@ -49,6 +51,20 @@ class ContextSettings:
     examples: int | None = None
     source_weights: Mapping[str, float] | None = None
     seed: int = 0
+
+
+class Batches(Protocol):
+    """What a method is trained on: `size` of the examples a batch, `per_epoch` batches until all were seen."""
+
+    examples: Sequence[Any]
+    per_epoch: int
+
+    @property
+    def size(self) -> int: ...
+
+    def __call__(self, index: int) -> Targets:
+        """Token ids of the sources and of the targets of the `index`-th batch."""
+        ...
 
 
 class ContextBatches:
@@ -91,6 +107,10 @@ class ContextBatches:
         self._kept: dict[int, tuple[list[int], list[int]]] = {}
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
+    @property
+    def size(self) -> int:
+        return self.settings.questions
+
     def __call__(self, index: int) -> Targets:
         epoch, place = divmod(index, self.per_epoch)
         if epoch != self._epoch:
@@ -112,6 +132,8 @@ class ContextBatches:
         """The example's ranking as the packer packs it, with its own passage put in if none of them has the answer."""
         query = Query(example.id, example.question)
         ranking = example.ranking or (example.passage, *example.negatives)
+        if self.reader.prompt.template.passage is None:  # closed-book
+            ranking = ()
         hits = [Hit(passage, -float(rank), "mined") for rank, passage in enumerate(ranking)]
         (context,) = self.packer.pack([query], [hits])
         if holds(context, example.answers):
@@ -176,7 +198,7 @@ class TuneSet:
 def train_method(
     reader: LmReader,
     method: Method,
-    batches: ContextBatches,
+    batches: Batches,
     tune: Mapping[str, TuneSet],
     draft: Draft,
     fit_settings: FitSettings,
@@ -191,7 +213,10 @@ def train_method(
     """
     backbone = reader.backbone
     before = fingerprint(backbone.model)
-    log(f"{len(batches.examples)} questions, {batches.per_epoch} batches an epoch")
+    count = method.count(backbone)
+    log(f"{len(batches.examples)} examples, {batches.per_epoch} batches an epoch, {count.trainable:,} trained values")
+    if isinstance(method, NeuralRecursion):
+        log(str(cost_of_passes(backbone, method, tokens=len(batches(0)[0][0]))))
     method.attach(backbone)
 
     def evaluate() -> dict[str, float]:
@@ -203,7 +228,6 @@ def train_method(
     def loss(batch: Targets) -> torch.Tensor:
         return backbone.loss(*batch)
 
-    count = method.count(backbone)
     try:
         result = fit(
             {"method": method},
@@ -225,7 +249,7 @@ def train_method(
         "trainable": count.trainable,
         "frozen": 0 if isinstance(method, FineTuning) else count.frozen,
         "examples": len(batches.examples),
-        "questions_seen": curve[-1]["step"] * fit_settings.accumulate * batches.settings.questions,
+        "questions_seen": curve[-1]["step"] * fit_settings.accumulate * batches.size,
     }
     draft.extra["backbone"] = {"name": backbone.name, "fingerprint": backbone.fingerprint}
     draft.extra["warnings"] = result.warnings

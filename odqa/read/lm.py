@@ -32,6 +32,7 @@ from odqa.errors import DataError, RecipeError
 from odqa.frozen.backbone import Backbone, frozen_guard, load_backbone, takes
 from odqa.frozen.layout import pad_rows, text_positions
 from odqa.frozen.method import Method
+from odqa.frozen.neural import NeuralRecursion
 from odqa.frozen.prefix import prefix_of_prompt
 from odqa.frozen.prompt_tuning import PromptTuning
 from odqa.models import is_encoder_decoder
@@ -48,7 +49,7 @@ from odqa.read.prompts import (
 )
 from odqa.runtime import progress
 from odqa.text import as_written
-from odqa.types import Answer, Dropped, Hit, PackedContext, Query, Sample, TokenCosts
+from odqa.types import Answer, Dropped, Hit, LatentContext, PackedContext, Query, Sample, TokenCosts
 
 T = TypeVar("T")
 
@@ -87,6 +88,14 @@ class _Source:
         return sum(len(prompt) for prompt in self.prompts)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Latent:
+    """What a latent context of `reader` stands for: the vectors of its first pass over this context."""
+
+    reader: "LmReader"
+    context: PackedContext
+
+
 class LmReader:
     """Generates an answer from a prompt with all packed passages, or from one with those of each window.
 
@@ -104,9 +113,10 @@ class LmReader:
     chooses them for each) are shown before the question, `chat` words it as a conversation by the tokenizer's chat
     template, with `chat_options` for that template.
 
-    Window: `window` tokens, if not given what the configuration or else the tokenizer says. A causal model shares it
-    with the answer (`max_new_tokens`), an encoder-decoder model does not. A `method` is attached for good; what it puts
-    into the window, and `reserved` tokens, stay free. The window holds a prompt, not all prompts together.
+    Window: `window` tokens; if not given, what the configuration or else the tokenizer says. It is no longer than what
+    every method can read. A causal model shares it with the answer (`max_new_tokens`), an encoder-decoder model does
+    not. A `method`, or several, are attached for good; what they put into the window, and `reserved` tokens, stay free.
+    The window holds a prompt, not all prompts together.
 
     Decoding: greedy; with `beams` > 1 beam search, ranked by log-probability / length ** `length_penalty` (0.0, our
     choice: by log-probability); with `sample` independent samples (`temperature`, `top_k`, `top_p`; 0 and 1.0 switch
@@ -129,7 +139,7 @@ class LmReader:
         backbone: Backbone,
         prompt: PromptTemplate | str = "open-book",
         *,
-        method: Method | None = None,
+        method: Method | Sequence[Method] | None = None,
         passages: Literal["together", "apart"] = "together",
         demonstrations: Sequence[Demonstration] | ChooseDemonstrations = (),
         chat: bool = False,
@@ -175,14 +185,15 @@ class LmReader:
         template = find_template(prompt) if isinstance(prompt, str) else prompt
         renderer = _chat_renderer(backbone, chat_options or {}) if chat else None
         self.prompt = Prompt(template, demonstrations if callable(demonstrations) else tuple(demonstrations), renderer)
-        self.window = _choose_window(backbone, window)
+        methods = [method] if isinstance(method, Method) else list(method or ())
+        rooms = [room for one in methods if (room := one.longest_text) is not None]
+        self.window = min([_choose_window(backbone, window), *rooms])
         self.candidates, self.beams, self.length_penalty = candidates, beams, length_penalty
         self.sample, self.temperature, self.top_k, self.top_p, self.seed = sample, temperature, top_k, top_p, seed
         self.max_new_tokens, self.batch_size, self.score, self.guard = max_new_tokens, batch_size, score, guard
         answer_room = max_new_tokens if backbone.architecture == "causal" else 0
         self._copies = candidates if sample else 1
-        if method is not None:
-            reserved += method.virtual_tokens(backbone)
+        reserved += sum(one.virtual_tokens(backbone) for one in methods)
         self.limit = self.window - answer_room - reserved
         """The longest prompt in tokens."""
         if self.limit < 1:
@@ -190,12 +201,13 @@ class LmReader:
                 f"reader lm: max_new_tokens {max_new_tokens} and reserved {reserved} leave no room for a prompt in the "
                 f"window of {self.window} tokens."
             )
-        self.method, self.is_shared = method, is_shared
-        self._attachable = method
-        if isinstance(method, PromptTuning) and backbone.architecture == "causal":
-            self._attachable = prefix_of_prompt(backbone, method)  # its keys and values are computed once
-        if self._attachable is not None and not is_shared:
-            self._attachable.attach(backbone)
+        self.is_shared = is_shared
+        if backbone.architecture == "causal":  # a prompt's keys and values are computed once, by the bare model
+            methods = [prefix_of_prompt(backbone, one) if isinstance(one, PromptTuning) else one for one in methods]
+        self.methods = tuple(methods)
+        if not is_shared:
+            for one in self.methods:
+                one.attach(backbone)
         # A packer asks for prices several times a question; demonstrations are long.
         self._frame = lru_cache(maxsize=_FRAMES)(self._encode_frame)
         # A conversation brings its own special tokens.
@@ -276,6 +288,43 @@ class LmReader:
                 f"longest {max(lengths)}) and the reader room for {self.limit}. Pack it with the costs of this reader."
             )
         return prompts
+
+    def latent(self, contexts: Sequence[PackedContext]) -> list[LatentContext]:
+        """See `odqa.stages.GivesVectors`: for a reader whose method is a `NeuralRecursion`.
+
+        The vectors are made when they are read, for a whole batch at once. Raises DataError for a context that leaves
+        no room for the method's own, RecipeError for a reader without a connector.
+        """
+        self._check_connector()
+        for context in contexts:
+            if (longest := max(len(prompt) for prompt in self._encode_prompts(context))) > self.limit:
+                raise DataError(
+                    f"query {context.query.id}: a prompt of {longest} tokens leaves no room for the vectors of the "
+                    f"second pass ({self.limit} fit). Lower packer.budget."
+                )
+        return [LatentContext(context.query, _Latent(self, context)) for context in contexts]
+
+    def read_latent(self, contexts: Sequence[LatentContext]) -> list[tuple[Answer, Mapping[str, object]]]:
+        """See `odqa.stages.LatentReading`: pass 1, cut after the prompt, the connector, and pass 2 with its answer."""
+        packed = []
+        for latent in contexts:
+            if not isinstance(latent.handle, _Latent) or latent.handle.reader is not self:
+                raise ValueError(f"query {latent.query.id}: these vectors are not of this reader")
+            packed.append(latent.handle.context)
+        connector = self._check_connector()
+        answers = self.read(packed)
+        return [
+            (answer, {"tokens read twice": context.tokens, "vectors": connector.vectors or context.tokens})
+            for answer, context in zip(answers, packed, strict=True)
+        ]
+
+    def _check_connector(self) -> NeuralRecursion:
+        if isinstance(self.method, NeuralRecursion):
+            return self.method
+        found = "no method" if self.method is None else f"a method of kind {self.method.kind}"
+        raise RecipeError(
+            f"reader lm: to read vectors it needs a method of kind {NeuralRecursion.kind}; it has {found}."
+        )
 
     def draw(
         self,
@@ -384,15 +433,12 @@ class LmReader:
 
     @contextlib.contextmanager
     def _method_attached(self) -> Iterator[None]:
-        """Inside the block the backbone computes with this reader's method."""
-        if self._attachable is None or not self.is_shared:
+        """Inside the block the backbone computes with this reader's methods."""
+        with contextlib.ExitStack() as attached:
+            for one in self.methods if self.is_shared else ():
+                one.attach(self.backbone)
+                attached.callback(one.detach)
             yield
-            return
-        self._attachable.attach(self.backbone)
-        try:
-            yield
-        finally:
-            self._attachable.detach()
 
     def _sample(self, context: PackedContext, generation: Generation) -> Sample:
         """A generation as others see it, spelled as this reader's answers are."""
@@ -427,7 +473,7 @@ class LmReader:
         is_causal, draws_several = self.backbone.architecture == "causal", self._copies > 1
         encodes = self.passages == "apart" or (draws_several and not is_causal)
         inputs = self._encode_apart(sources) if encodes else self._prompts(sources)
-        if is_causal and draws_several:
+        if is_causal and draws_several and not any(one.reads_source for one in self.methods):
             inputs |= self._shared_cache(sources)
         start = inputs["input_ids"].shape[1] if is_causal else 1
         noise = LogitsProcessorList()

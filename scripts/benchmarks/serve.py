@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +36,7 @@ class Load:
 
     seconds: float = 0.0
     tokens: float = 0
+    processor_seconds: float = 0.0
     rows_a_step: float = 0.0
     latencies: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -52,6 +54,8 @@ class Load:
             "answers_other_than_alone": len(self.wrong),
             "latency_seconds": found,
             "tokens_a_second": round(self.tokens / self.seconds, 1),
+            "tokens_a_processor_second": round(self.tokens / self.processor_seconds, 1),
+            "rows_a_step": self.rows_a_step,
         }
 
 
@@ -77,16 +81,12 @@ def serve(
         asked = list(mixed_requests(name, requests))
         alone = [say(post(batched.url, body)) for body in asked]
         typer.echo(f"{len(asked)} requests asked alone, {len(set(alone))} different answers")
-        main = asyncio.run(load(batched.url, asked, alone, clients, seconds))
+        main = asyncio.run(load(batched, asked, alone, clients, seconds))
         typer.echo(json.dumps(main.to_json()))
         turns: dict[str, list[Load]] = {"batched": [], "one at a time": []}
         for _ in range(rounds):
             for label, server in (("batched", batched), ("one at a time", single)):
-                turns[label].append(asyncio.run(load(server.url, asked, alone, clients, round_seconds)))
-        ratios = [
-            (one.tokens / one.seconds) / (other.tokens / other.seconds)
-            for one, other in zip(*turns.values(), strict=True)
-        ]
+                turns[label].append(asyncio.run(load(server, asked, alone, clients, round_seconds)))
         result = {
             "what": "odqa serve on loopback; clients and server share the machine; answers compared with those alone",
             "model": name,
@@ -94,13 +94,13 @@ def serve(
             "threads": threads,
             "different_requests": len(asked),
             "load": main.to_json(),
-            "rows_a_step": main.rows_a_step,
             "peak_memory_bytes": peak_memory(batched.process.pid),
             "turns": {label: [one.to_json() for one in found] for label, found in turns.items()},
             "batched_over_one_at_a_time": {
-                "median": round(statistics.median(ratios), 2),
-                "min": round(min(ratios), 2),
-                "max": round(max(ratios), 2),
+                "tokens_a_second": spread([one.tokens / one.seconds for one in of] for of in turns.values()),
+                "tokens_a_processor_second": spread(
+                    [one.tokens / one.processor_seconds for one in of] for of in turns.values()
+                ),
             },
             "versions": {package: version(package) for package in ("fastapi", "uvicorn", "transformers", "torch")},
         }
@@ -179,6 +179,12 @@ def metrics(url: str) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
+def processor_seconds(server: Running) -> float:
+    """What a server's threads have used of the processor so far (Linux)."""
+    fields = Path(f"/proc/{server.process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def peak_memory(pid: int) -> int | None:
     """The largest resident size so far, on Linux."""
     with contextlib.suppress(OSError):
@@ -210,12 +216,19 @@ def say(reply: Json) -> str:
     return json.dumps([choice["text"], choice["finish_reason"], reply["usage"]["completion_tokens"]])
 
 
-async def load(url: str, asked: list[Json], alone: list[str], clients: int, seconds: float) -> Load:
+def spread(both: Iterable[list[float]]) -> Json:
+    """Ratios of turns that followed one another."""
+    ratios = [one / other for one, other in zip(*both, strict=True)]
+    found = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    return {name: round(ratio, 2) for name, ratio in found.items()}
+
+
+async def load(server: Running, asked: list[Json], alone: list[str], clients: int, seconds: float) -> Load:
     """Clients that ask one request after the other until the time is over; all that was begun is finished.
 
     Tokens are those that the server wrote within the time, once all clients had been there for a while.
     """
-    found = Load()
+    found, url = Load(), server.url
     began = time.monotonic()
     started = began + WARM
 
@@ -243,10 +256,10 @@ async def load(url: str, asked: list[Json], alone: list[str], clients: int, seco
 
     async def watch() -> None:
         await asyncio.sleep(WARM)
-        before, since = await asyncio.to_thread(metrics, url), time.monotonic()
+        before, since, used = await asyncio.to_thread(metrics, url), time.monotonic(), processor_seconds(server)
         await asyncio.sleep(seconds)
         after = await asyncio.to_thread(metrics, url)
-        found.seconds = time.monotonic() - since
+        found.seconds, found.processor_seconds = time.monotonic() - since, processor_seconds(server) - used
         wrote, steps, rows = (
             after[f"odqa_{name}"] - before[f"odqa_{name}"]
             for name in ("completion_tokens_total", "step_rows_count", "step_rows_sum")

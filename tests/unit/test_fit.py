@@ -204,4 +204,5 @@ def test_a_sweep_takes_the_best_rate_and_survives_one_that_diverges() -> None:
 def test_rates_around_a_preset() -> None:
     assert rates_around(0.3, 3) == (0.1, 0.3, 0.9)
     assert rates_around(2e-4, 5) == (2.22e-5, 6.67e-5, 2e-4, 6e-4, 1.8e-3)
-    assert set(PRESETS) == {"prompt-tuning", "deep-prompt", "prefix-tuning", "lora", "adapter", "id-pt", "fine-tuning"}
+    soft = {"prompt-tuning", "deep-prompt", "prefix-tuning"}
+    assert set(PRESETS) == soft | {"lora", "adapter", "id-pt", "neural-recursion", "calm", "fine-tuning"}

@@ -18,6 +18,7 @@ SETTINGS = {
     "prefix-tuning": {"length": 5, "inner": None},
     "adapter": {"rank": 3, "norms": True},
     "id-pt": {"length": 5, "encoder_length": 2, "inner": 8, "heads": 2},
+    "neural-recursion": {"depth": 0, "vectors": 3, "prompt": 2},
     "fine-tuning": {"skip": ["pooler"]},
 }
 

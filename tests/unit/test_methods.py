@@ -86,8 +86,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "normed-adapter": {"rank": R, "norms": True, "cross": True},
     "id-pt": {"length": P, "encoder_length": N, "inner": M, "heads": 2},
     "read-id-pt": {"length": P, "encoder_length": N, "inner": M, "heads": 2},  # a BERT reads the text
+    "neural-recursion": {"depth": 1, "width": M, "prompt": P},
+    "pooled-neural-recursion": {"depth": 0, "vectors": P, "start": "random"},
     "fine-tuning": {},
 }
+STATES = {**dict.fromkeys(KINDS, 32), "odqa-mini": 64}  # widths of last hidden states; odqa-mini's have the words, too
 SOFT = ("prompt-tuning", "deep-prompt", "prefix-tuning", "flat-prefix-tuning")
 
 
@@ -139,15 +142,15 @@ _made: list[Method] = []
 
 
 def create(name: str, backbone: Backbone, **settings: Any) -> Method:
-    for prefix in ("flat-", "normed-", "read-"):
+    for prefix in ("flat-", "normed-", "read-", "pooled-"):
         name = name.removeprefix(prefix)
     method = create_method(name, backbone, **settings)
     _made.append(method)
     return method
 
 
-def make(name: str, kind: str, backbone: Backbone, *, moved: bool = True) -> Method:
-    settings = dict(SETTINGS[name])
+def make(name: str, kind: str, backbone: Backbone, *, moved: bool = True, **changes: Any) -> Method:
+    settings = SETTINGS[name] | changes
     if name == "fine-tuning":
         settings["skip"] = list(KINDS[kind].skip)
     if name == "read-id-pt":
@@ -186,10 +189,11 @@ def test_detach_leaves_the_backbone_bit_identical(name: str, kind: str, backbone
     assert fingerprint(backbone.model) == backbone.fingerprint
 
 
-@pytest.mark.parametrize("name", ["lora", "fine-tuning"])
+@pytest.mark.parametrize("name", ["lora", "fine-tuning", "neural-recursion"])
 def test_a_fresh_method_changes_nothing_where_the_paper_says_so(name: str, kind: str, backbone: Backbone) -> None:
     before = losses(backbone)
-    make(name, kind, backbone, moved=False).attach(backbone)
+    settings = {"prompt": 0} if name == "neural-recursion" else {}  # a prompt is not zero at the start
+    make(name, kind, backbone, moved=False, **settings).attach(backbone)
     assert torch.equal(losses(backbone), before)
 
 
@@ -231,6 +235,7 @@ def test_exactly_the_expected_tensors_are_saved(name: str, kind: str, backbone: 
     method.save(tmp_path)
     saved = {key: tuple(tensor.shape) for key, tensor in load_file(tmp_path / "method.safetensors").items()}
     model, heads = KINDS[kind], 2 if kind == "llama" else 4
+    seen = STATES[kind] + 32
     if name == "prompt-tuning":
         expected: dict[str, tuple[int, ...]] = {"prompt": (P, 32)}
     elif name in SOFT:
@@ -257,6 +262,11 @@ def test_exactly_the_expected_tensors_are_saved(name: str, kind: str, backbone: 
         states = 64 if name == "id-pt" and kind == "odqa-mini" else 32  # states and word vectors side by side
         expected = {"encoder_prompt": (N, 32), "prompt": (P, 32), "queries": (P, M), "out.weight": (32, M)}
         expected |= {"key.weight": (M, states), "value.weight": (M, states)}
+    elif name == "neural-recursion":
+        network = {"connector.0.weight": (M, seen), "connector.0.bias": (M,), "connector.2.weight": (32, M)}
+        expected = {**network, "connector.2.bias": (32,), "prompts.0": (P, 32), "prompts.1": (P, 32)}
+    elif name == "pooled-neural-recursion":
+        expected = {"connector.0.weight": (32, seen), "connector.0.bias": (32,), "queries": (P, seen)}
     else:
         named = backbone.model.named_parameters()
         expected = {
@@ -274,6 +284,7 @@ def test_the_count_is_the_formula(name: str, kind: str, backbone: Backbone) -> N
     # A network a side: P vectors of 32, a map of 32 to M and one of M to the 2 L keys and values of a position.
     network = sum(P * 32 + 33 * M + (M + 1) * 2 * number * model.keys for number in model.sides.values())
     bottleneck = 2 * 32 * R + 32 + R
+    seen = STATES[kind] + 32
     expected = {
         "prompt-tuning": P * 32,
         "deep-prompt": flat,
@@ -284,6 +295,8 @@ def test_the_count_is_the_formula(name: str, kind: str, backbone: Backbone) -> N
         "id-pt": N * 32 + P * M + 2 * M * (64 if kind == "odqa-mini" else 32) + M * 32 + P * 32,
         "read-id-pt": N * 32 + P * M + 2 * M * 32 + M * 32 + P * 32,
         "normed-adapter": (layers * 2 + model.sides.get("cross", 0)) * bottleneck + model.norms,
+        "neural-recursion": seen * M + M + M * 32 + 32 + 2 * P * 32,
+        "pooled-neural-recursion": seen * 32 + 32 + P * seen,
         "fine-tuning": count.frozen - (32 * 32 + 32 if model.skip else 0),  # without BERT's pooler
     }[name]
     assert count.trainable == expected
