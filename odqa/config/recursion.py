@@ -69,7 +69,7 @@ class NeuralRecursion(_Recursion):
 
     kind: Literal["neural"]
     connector: str = Field(description="a method of kind neural-recursion that was trained for the reader's model")
-    passes: Literal[2] = 2  # type: ignore[assignment]  # a connector is trained for one further pass
+    passes: Literal[2] = 2  # a connector is trained for one further pass
 
 
 AnyRecursion = TextualRecursion | RetrievalRecursion | NeuralRecursion

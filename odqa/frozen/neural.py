@@ -73,8 +73,10 @@ class NeuralRecursion(Method):
         sizes = [seen, *[width or backbone.width] * depth, backbone.width]
         self.connector = _network(sizes, generator)
         if self.moves_text:
-            nn.init.zeros_(self.connector[-1].weight)
-            nn.init.zeros_(self.connector[-1].bias)
+            last = self.connector[-1]
+            assert isinstance(last, nn.Linear)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
         if vectors is not None:
             self.queries = nn.Parameter(torch.randn(vectors, seen, generator=generator))
             if self.moves_text:
@@ -152,7 +154,7 @@ class NeuralRecursion(Method):
             text = insert(text, start, self.prompts[0].to(text).expand(batch, -1, -1))
             mask = insert(mask, start, shown)
             types = None if types is None else insert(types, start, types.new_zeros(batch, length))
-        reader, options = _reader(backbone), {}
+        reader, options = _reader(backbone), dict[str, Any]()
         if backbone.architecture == "causal":
             reader, options = reader.base_model, {"use_cache": False}
         if takes(reader, "position_ids"):
@@ -220,7 +222,8 @@ def _source_mask(backbone: Backbone, mask: torch.Tensor) -> torch.Tensor:
 def _attend(queries: torch.Tensor, seen: torch.Tensor, is_source: torch.Tensor) -> torch.Tensor:
     """(K, W), (B, T, W), (B, T, 1) -> for each query the mean of what it attends to: (B, K, W)."""
     scores = torch.einsum("kw,btw->bkt", queries, seen) / queries.shape[1] ** 0.5
-    return scores.masked_fill(~is_source.mT, -torch.inf).softmax(-1) @ seen
+    found: torch.Tensor = scores.masked_fill(~is_source.mT, -torch.inf).softmax(-1) @ seen
+    return found
 
 
 def _network(sizes: Sequence[int], generator: torch.Generator) -> nn.Sequential:

@@ -82,7 +82,15 @@ def train_method(
         _fit({"method": method}, pairs_at, lambda pairs: backbone.loss(*pairs), steps=steps, rate=rate, seed=seed)
 
 
-def _fit(modules: Mapping[str, torch.nn.Module], batch_at: Callable, loss: Callable, *, steps, rate, seed) -> None:
+def _fit(
+    modules: Mapping[str, torch.nn.Module],
+    batch_at: Callable[[int], Any],
+    loss: Callable[[Any], torch.Tensor],
+    *,
+    steps: int,
+    rate: float,
+    seed: int,
+) -> None:
     settings = FitSettings(steps, dict.fromkeys(modules, rate), autocast=False, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         fit(modules, batch_at, loss, settings, checkpoint=Path(folder) / "checkpoint.safetensors")

@@ -56,8 +56,10 @@ class ContextSettings:
 class Batches(Protocol):
     """What a method is trained on: `size` of the examples a batch, `per_epoch` batches until all were seen."""
 
-    examples: Sequence[Any]
     per_epoch: int
+
+    @property
+    def examples(self) -> Sequence[Any]: ...
 
     @property
     def size(self) -> int: ...

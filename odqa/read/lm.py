@@ -319,9 +319,10 @@ class LmReader:
         ]
 
     def _check_connector(self) -> NeuralRecursion:
-        if isinstance(self.method, NeuralRecursion):
-            return self.method
-        found = "no method" if self.method is None else f"a method of kind {self.method.kind}"
+        for method in self.methods:
+            if isinstance(method, NeuralRecursion):
+                return method
+        found = " and ".join(f"one of kind {method.kind}" for method in self.methods) or "none"
         raise RecipeError(
             f"reader lm: to read vectors it needs a method of kind {NeuralRecursion.kind}; it has {found}."
         )
