@@ -69,8 +69,8 @@ class BlackboxLab(Lab):
     population: int = Field(20, ge=2)
     calls: int = Field(1000, ge=2, description="passes of the training set in a black-box search")
     sigma: float = Field(1.0, gt=0)
-    deep_sigma: float = Field(0.5, gt=0, description="BBTv2's sigma and scale: chosen on seed 7; 0.2 in its code")
-    deep_scale: float = Field(0.5, gt=0)
+    deep_sigma: float = Field(0.2, gt=0, description="BBTv2's sigma and scale, as in its authors' code")
+    deep_scale: float = Field(0.2, gt=0)
     text_calls: int = Field(60, ge=7, description="passes of the training set in the search over texts")
     gradient_steps: int = Field(100, ge=1)
 
