@@ -94,6 +94,10 @@ class NeuralRecursion(Method):
     def virtual_tokens(self, backbone: Backbone) -> int:
         return self.length if backbone.architecture == "causal" else 0
 
+    @property
+    def reads_source(self) -> bool:
+        return True
+
     def _install(self, backbone: Backbone) -> None:
         reader = _reader(backbone)
 

@@ -134,11 +134,10 @@ class ContextBatches:
         """The example's ranking as the packer packs it, with its own passage put in if none of them has the answer."""
         query = Query(example.id, example.question)
         ranking = example.ranking or (example.passage, *example.negatives)
-        if self.reader.prompt.template.passage is None:  # closed-book
-            ranking = ()
-        hits = [Hit(passage, -float(rank), "mined") for rank, passage in enumerate(ranking)]
+        is_closed_book = self.reader.prompt.template.passage is None
+        hits = [Hit(passage, -float(rank), "mined") for rank, passage in enumerate(() if is_closed_book else ranking)]
         (context,) = self.packer.pack([query], [hits])
-        if holds(context, example.answers):
+        if is_closed_book or holds(context, example.answers):
             return context
         kept = [hit for hit in context.hits if hit.passage.id != example.passage.id]
         # Without the last one or two: the own passage may be longer than what it takes the place of.

@@ -224,7 +224,7 @@ def test_a_sure_answer_is_not_read_again(backbone: Backbone) -> None:
 
 
 def test_only_a_reader_with_a_connector_gives_vectors_and_reads_its_own_alone(backbone: Backbone) -> None:
-    with pytest.raises(RecipeError, match="needs a method of kind neural-recursion; it has no method"):
+    with pytest.raises(RecipeError, match="needs a method of kind neural-recursion; it has none"):
         pipeline(backbone, None)
     reader = LmReader(backbone, "closed-book", max_new_tokens=4, method=moved(backbone), is_shared=True)
     other = LmReader(backbone, "closed-book", max_new_tokens=4, method=moved(backbone), is_shared=True)
@@ -267,7 +267,7 @@ def test_a_connector_of_another_backbone_or_another_method_is_refused(folder: Pa
     with pytest.raises(ArtifactMismatch, match="this neural-recursion was trained on backbone"):
         path = recipe_file(tmp_path, folder, tmp_path / "connector")
         build_pipeline(load_recipe(path, "pipeline"), None, places=places)
-    with pytest.raises(RecipeError, match="it has a method of kind lora"):
+    with pytest.raises(RecipeError, match="it has one of kind lora"):
         path = recipe_file(tmp_path, folder, tmp_path / "lora")
         build_pipeline(load_recipe(path, "pipeline"), None, places=places)
 
