@@ -162,6 +162,11 @@ class RecursionHopsLab(Lab):
     samples: tuple[int, ...] = Field((1, 4), min_length=1)
 
 
+CalmArm = Literal[
+    "composed", "half of the links", "links of the paper", "random m_A", "m_A as encoder", "LoRA", "fine-tuned m_B"
+]
+
+
 class CalmLab(Lab):
     """Arithmetic with keys whose values only one of two models knows, see `odqa.labs.calm`. Values are our choice."""
 
@@ -178,6 +183,7 @@ class CalmLab(Lab):
     links: tuple[tuple[int, int], ...] = Field(
         ((0, 0), (1, 1), (2, 2), (3, 3)), min_length=1, description="pairs of a layer of m_A and one of m_B"
     )
+    arms: tuple[CalmArm, ...] | None = Field(None, description="what is trained beside m_A and m_B; null: all")
     steps: int = Field(600, ge=1)
     rate: float = Field(3e-3, gt=0, description="of the links")
     lora_rate: float = Field(3e-3, gt=0)

@@ -120,7 +120,9 @@ def run(settings: CalmLab, seed: int, desk: Desk) -> Outcome:
     scores = {"m_A": exam.scores(m_a), "m_B": exam.scores(m_b)}
     facts: dict[str, dict[str, float]] = {}
     curves: dict[str, list[tuple[float, float]]] = {}
-    for arm, (make, rate) in arms(settings, seed, m_a, m_b, untrained).items():
+    known = arms(settings, seed, m_a, m_b, untrained)
+    for arm in settings.arms or known:
+        make, rate = known[arm]
         with frozen_guard(m_a), frozen_guard(m_b), frozen_guard(untrained):
             method = make()
             started = time.monotonic()
