@@ -98,6 +98,10 @@ class InputPrompt(Method):
     def virtual_tokens(self, backbone: Backbone) -> int:
         return self.length if backbone.architecture == "causal" else 0
 
+    @property
+    def reads_source(self) -> bool:
+        return True
+
     def count(self, backbone: Backbone) -> Count:
         """As ever; an encoder other than the backbone's is frozen too."""
         count = super().count(backbone)

@@ -307,7 +307,7 @@ def test_a_second_prompt_is_trained_on_candidates_that_the_first_pass_sampled(
     }
     path = write_yaml(tmp_path / "second.yaml", recipe)
     made = ok("train", path, "--artifacts", world.artifacts, "--out", tmp_path / "second")
-    assert "12 questions" in made.err
+    assert "12 examples" in made.err
     with_prompt = yaml.safe_load(textual.read_text())
     with_prompt["recursion"]["reader"] = {"method": str(tmp_path / "second")}
     loaded = jobs.load_pipeline(
@@ -315,7 +315,7 @@ def test_a_second_prompt_is_trained_on_candidates_that_the_first_pass_sampled(
     )
     first, second = loaded.pipeline.reader, loaded.pipeline.rereader
     assert isinstance(first, LmReader) and isinstance(second, LmReader)
-    assert second.backbone is first.backbone and first.method is None
+    assert second.backbone is first.backbone and first.methods == ()
     assert isinstance(second.method, PromptTuning) and second.method.length == 3
     assert len(loaded.ask(questions()[0]["question"]).answers) == 2
     adaptive = with_prompt["recursion"] | {"reader": {}, "below": 0.5}

@@ -95,7 +95,12 @@ def test_several_mistakes_are_a_line_each(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_recipe_has_a_shipped_example_that_check_accepts() -> None:
-    shipped = [*ROOT.glob("indexes/*.yaml"), *ROOT.glob("pipelines/*.yaml"), *ROOT.glob("eval/*.yaml")]
+    shipped = [
+        *ROOT.glob("indexes/*.yaml"),
+        *ROOT.glob("pipelines/*.yaml"),
+        *ROOT.glob("eval/*.yaml"),
+        *ROOT.glob("odqa/assets/*.yaml"),
+    ]
     assert {ok("check", path, "--json").json["recipe"]["kind"] for path in shipped} == set(RECIPES)
 
 

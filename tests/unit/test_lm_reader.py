@@ -705,8 +705,8 @@ def test_two_readers_share_a_model_and_each_reads_with_its_own_method(models: di
         assert [answer.score for answer in make(backbone).read(contexts)] not in texts
         alone = make(backbone, method=create_method("prompt-tuning", backbone, length=4, seed=1))
         assert [answer.score for answer in alone.read(contexts)] == texts[0]
-        assert alone._attachable is not None
-        alone._attachable.detach()
+        for one in alone.methods:
+            one.detach()
         assert fingerprint(backbone.model) == before
 
 
