@@ -13,7 +13,7 @@ from odqa import jobs
 from odqa.config import PipelineRecipe
 from odqa.errors import RecipeError
 from odqa.evaluate import Evaluation
-from odqa.frozen.prompt_tuning import PromptTuning
+from odqa.frozen.prefix import PrefixTuning
 from odqa.read.lm import LmReader
 from odqa.recipes import Places, load_recipe
 from odqa.recurse import RetrievalRecursion
@@ -316,7 +316,8 @@ def test_a_second_prompt_is_trained_on_candidates_that_the_first_pass_sampled(
     first, second = loaded.pipeline.reader, loaded.pipeline.rereader
     assert isinstance(first, LmReader) and isinstance(second, LmReader)
     assert second.backbone is first.backbone and first.methods == ()
-    assert isinstance(second.method, PromptTuning) and second.method.length == 3
+    (method,) = second.methods
+    assert isinstance(method, PrefixTuning) and method.length == 3  # a prompt that stands in the cache
     assert len(loaded.ask(questions()[0]["question"]).answers) == 2
     adaptive = with_prompt["recursion"] | {"reader": {}, "below": 0.5}
     write_yaml(tmp_path / "both.yaml", with_prompt | {"recursion": adaptive})
