@@ -1,6 +1,6 @@
 """Composes a general language model with a small one that knows a collection, beside what else one could do.
 
-    python scripts/compose_domain.py --anchor artifacts/odqa-mini-d1 --out artifacts/domain [--data DIR]
+    python scripts/compose_domain.py --anchor embedded:odqa-mini-d1 --out artifacts/domain [--data DIR]
 
 The collection is the embedded one, which the general model (the anchor) was not trained on. A small causal model m_A,
 with the anchor's tokenizer, learns it: its sentences, and the embedded questions with their answers. Links are trained

@@ -17,7 +17,7 @@ VERBALISERS = (" he", " it")  # of "who" and "what"; any two tokens would do, a 
 
 
 def remote(
-    model: Annotated[str, typer.Option(help="The model that is served, a causal one.")] = "artifacts/odqa-mini-d1",
+    model: Annotated[str, typer.Option(help="The model that is served, a causal one.")] = "embedded:odqa-mini-d1",
     calls: Annotated[int, typer.Option(min=20, help="The budget: forward passes of the training set.")] = 240,
     population: Annotated[int, typer.Option(min=2, help="Prompts of a generation.")] = 12,
     length: Annotated[int, typer.Option(min=1, help="Vectors of the prompt.")] = 10,
@@ -41,7 +41,7 @@ def remote(
         tempfile.TemporaryDirectory() as folder,
         running(model, Path(folder) / "server", rows=64, threads=threads) as server,
     ):
-        http = HttpEngine(Endpoint(f"{server.url}/v1", timeout=120), Path(model).name)
+        http = HttpEngine(Endpoint(f"{server.url}/v1", timeout=120), Path(model.removeprefix("embedded:")).name)
         engines = {"in process": local, "over HTTP": http}
         found = {label: tune(engine, length, settings) for label, engine in engines.items()}
         spent = http.spent()
@@ -50,7 +50,7 @@ def remote(
     losses = [abs(one - other) for one, other in zip(first["losses"], second["losses"], strict=True)]
     result = {
         "what": "one search for a soft prompt, twice; wall seconds on a busy machine, one after the other",
-        "model": Path(model).name,
+        "model": Path(model.removeprefix("embedded:")).name,
         "settings": {"calls": calls, "population": population, "dimensions": dimensions, "length": length},
         "largest_entry_of_the_prompt": float(abs(first["prompt"]).max()),
         "largest_difference_of_the_prompts": difference,

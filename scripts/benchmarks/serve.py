@@ -60,7 +60,7 @@ class Load:
 
 
 def serve(
-    model: Annotated[str, typer.Option(help="The model that is served, a causal one.")] = "artifacts/odqa-mini-d1",
+    model: Annotated[str, typer.Option(help="The model that is served, a causal one.")] = "embedded:odqa-mini-d1",
     clients: Annotated[int, typer.Option(min=1, help="At once; each asks again as soon as it is answered.")] = 64,
     seconds: Annotated[
         float, typer.Option(min=0.5, help="Of the load that errors and latencies are taken from.")
@@ -75,7 +75,7 @@ def serve(
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         batched = stack.enter_context(running(model, Path(folder) / "batched", rows=clients, threads=threads))
         single = stack.enter_context(running(model, Path(folder) / "single", rows=1, threads=threads))
-        name = Path(model).name
+        name = Path(model.removeprefix("embedded:")).name
         for server in (batched, single):
             register(server.url, name)
         asked = list(mixed_requests(name, requests))
