@@ -8,6 +8,7 @@ ask again only where a `Gate` says so, and so does `VectorRecursion`, the way th
 It knows readers by protocol alone, and nothing between calls: the same passes give the same decision.
 """
 
+import abc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,7 +138,20 @@ class Samples:
         return reader.draw(contexts, self.count, temperature=self.temperature, top_p=self.top_p, seed=seed)
 
 
-class CandidateRecursion:
+class _Explaining(abc.ABC):
+    """A recursion that says why: `again` is `decide` without its reasons, of the last pass alone."""
+
+    @abc.abstractmethod
+    def decide(self, passes: Sequence[Passes], pass_no: int) -> list[Decided]:
+        """See `odqa.stages.SaysWhy`."""
+
+    def again(self, contexts: Sequence[PackedContext], answers: Sequence[Answer], pass_no: int) -> list[Next]:
+        """See `odqa.stages.Recursion`."""
+        passes = [[one] for one in zip(contexts, answers, strict=True)]
+        return [found for found, _ in self.decide(passes, pass_no)]
+
+
+class CandidateRecursion(_Explaining):
     """Shows `reader` the question, its first passages and candidates, the answer of the pass before as the first.
 
     Candidates are `samples` of `sampler` (None: the ones that the reader listed with its answer, such as a span
@@ -158,11 +172,6 @@ class CandidateRecursion:
             raise ValueError("recursion: a sampler and how to draw from it go together")
         self.reader, self.sampler, self.samples, self.listed = reader, sampler, samples, listed
         self.gate = gate or Gate()
-
-    def again(self, contexts: Sequence[PackedContext], answers: Sequence[Answer], pass_no: int) -> list[Next]:
-        """See `odqa.stages.Recursion`."""
-        passes = [[one] for one in zip(contexts, answers, strict=True)]
-        return [found for found, _ in self.decide(passes, pass_no)]
 
     def decide(self, passes: Sequence[Passes], pass_no: int) -> list[Decided]:
         """See `odqa.stages.SaysWhy`; the notes have the candidates as they were drawn."""
@@ -190,7 +199,7 @@ class CandidateRecursion:
         return [distinct(samples) for samples in drawn]
 
 
-class VectorRecursion:
+class VectorRecursion(_Explaining):
     """Has `reader` read its own last hidden states again, through a trained connector (neural recursion).
 
     What the first pass wrote plays no part in it: the vectors are those of the question and the packed passages.
@@ -199,11 +208,6 @@ class VectorRecursion:
     def __init__(self, reader: GivesVectors, *, gate: Gate | None = None) -> None:
         self.reader, self.gate = reader, gate or Gate()
         reader.latent([])  # one without a connector is refused at once
-
-    def again(self, contexts: Sequence[PackedContext], answers: Sequence[Answer], pass_no: int) -> list[Next]:
-        """See `odqa.stages.Recursion`."""
-        passes = [[one] for one in zip(contexts, answers, strict=True)]
-        return [found for found, _ in self.decide(passes, pass_no)]
 
     def decide(self, passes: Sequence[Passes], pass_no: int) -> list[Decided]:
         """See `odqa.stages.SaysWhy`."""
@@ -215,7 +219,7 @@ class VectorRecursion:
         return decided
 
 
-class RetrievalRecursion:
+class RetrievalRecursion(_Explaining):
     """Retrieves again with a new query: `query` filled in, or what `asker` writes about the passages it was shown.
 
     `query` has the fields {question} and {answer}; where the answer is empty its best candidate stands. With an `asker`
@@ -236,11 +240,6 @@ class RetrievalRecursion:
             raise ValueError("recursion: who asks for the missing passage needs a packer with its prices")
         self.query, self.asker, self.packer = query, asker, packer
         self.gate = gate or Gate()
-
-    def again(self, contexts: Sequence[PackedContext], answers: Sequence[Answer], pass_no: int) -> list[Next]:
-        """See `odqa.stages.Recursion`."""
-        passes = [[one] for one in zip(contexts, answers, strict=True)]
-        return [found for found, _ in self.decide(passes, pass_no)]
 
     def decide(self, passes: Sequence[Passes], pass_no: int) -> list[Decided]:
         """See `odqa.stages.SaysWhy`."""

@@ -9,7 +9,7 @@ shapes that they have without it. Knows tensors and token ids, never a passage.
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,19 @@ from odqa.runtime import choose_device, choose_dtype
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Everything a model's own generation settings may ask for and nobody here does unless told to.
+PLAIN_GENERATION: Mapping[str, Any] = {
+    "do_sample": False,
+    "early_stopping": False,
+    "min_new_tokens": 0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "temperature": 1.0,
+    "top_k": 50,  # without do_sample nothing is cut off; any other value is warned of
+    "top_p": 1.0,
+}
 Architecture = Literal["encoder", "causal", "seq2seq"]
 
 # Config entries that say how a model was loaded, not what it computes.

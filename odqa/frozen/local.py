@@ -8,7 +8,7 @@ Used by one thread at a time, as the model is.
 """
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from odqa.errors import DataError, OdqaError
-from odqa.frozen.backbone import Backbone, takes
+from odqa.frozen.backbone import PLAIN_GENERATION, Backbone, takes
 from odqa.frozen.bank import Bank
 from odqa.frozen.engine import Ask, Facts, Prompted, Sampling, Vectors, Written
 from odqa.frozen.layout import text_positions
@@ -29,18 +29,9 @@ from odqa.frozen.mixture import Mixture, Parts
 
 _CLIP_ROUNDS, _CLIP_AT = 5, 3.0  # Sun et al. 2022b, deepbbt.py
 # What a model's own generation settings may not change: a request alone decides how its text goes on.
-_PLAIN: dict[str, Any] = {
-    "do_sample": False,
+_PLAIN: Mapping[str, Any] = {
+    **PLAIN_GENERATION,
     "num_beams": 1,
-    "early_stopping": False,
-    "min_new_tokens": 0,
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "temperature": 1.0,
-    "top_k": 50,  # without do_sample nothing is cut off; any other value is warned of
-    "top_p": 1.0,
     "return_dict_in_generate": True,
     "output_logits": True,
 }

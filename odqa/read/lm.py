@@ -29,7 +29,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from transformers.modeling_outputs import BaseModelOutput
 
 from odqa.errors import DataError, RecipeError
-from odqa.frozen.backbone import Backbone, frozen_guard, load_backbone, takes
+from odqa.frozen.backbone import PLAIN_GENERATION, Backbone, frozen_guard, load_backbone, takes
 from odqa.frozen.layout import pad_rows, text_positions
 from odqa.frozen.method import Method
 from odqa.frozen.neural import NeuralRecursion
@@ -57,19 +57,6 @@ T = TypeVar("T")
 _WINDOW_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 _NO_WINDOW = 10**9  # tokenizers that know no window give a length beyond any model's
 _FRAMES = 256  # our choice: frames (prompts without passages) kept as token ids
-# Everything a model's own generation settings may ask for and this reader does not do unless told to.
-_PLAIN: Mapping[str, Any] = {
-    "do_sample": False,
-    "early_stopping": False,
-    "min_new_tokens": 0,
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "temperature": 1.0,
-    "top_k": 50,  # without do_sample nothing is cut off; any other value is warned of
-    "top_p": 1.0,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -493,7 +480,7 @@ class LmReader:
             return_dict_in_generate=True,
             output_logits=True,
             **{
-                **_PLAIN,
+                **PLAIN_GENERATION,
                 "max_new_tokens": self.max_new_tokens,
                 "num_beams": self.beams,
                 "length_penalty": self.length_penalty if self.beams > 1 else 1.0,

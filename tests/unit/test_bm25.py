@@ -142,7 +142,7 @@ def test_the_stop_words_are_those_bm25s_calls_english() -> None:
 
 @pytest.mark.parametrize("k", [1, 7, 50, 300])
 def test_both_scorers_give_the_same_bits(tmp_path: Path, k: int) -> None:
-    pytest.importorskip("numba")
+    pytest.importorskip("numba", reason="bm25s' scorer needs numba")
     plain = build(tmp_path, random_passages(300))
     compiled = Bm25Searcher(tmp_path / "bm25/postings", plain.settings, 300, compile=True)
     one, other = plain.search(QUERIES, k), compiled.search(QUERIES, k)
@@ -221,7 +221,7 @@ def test_an_unknown_stemmer_is_a_data_error(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_rank_bm25_ranks_with_okapi(tmp_path: Path) -> None:
-    okapi = pytest.importorskip("rank_bm25")
+    okapi = pytest.importorskip("rank_bm25", reason="the peer needs the extra reference")
     draft = Draft(tmp_path)
     passages = random_passages(50)
     save_store(passages, draft)

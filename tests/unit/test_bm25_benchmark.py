@@ -22,7 +22,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PassageStore:
 @pytest.mark.parametrize("engine", ["bm25s", "rank-bm25"])
 def test_a_plain_scorer_ranks_as_the_engine(tmp_path: Path, store: PassageStore, engine: str) -> None:
     if engine == "rank-bm25":
-        pytest.importorskip("rank_bm25")
+        pytest.importorskip("rank_bm25", reason="the peer needs the extra reference")
     from benchmarks.bm25 import Counts, _lucene_idf, okapi_idf, plain_top
 
     settings = Bm25Settings(engine=engine)  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ def test_the_fit_finds_the_weights_that_made_the_data() -> None:
 
 
 def test_the_fit_is_that_of_scikit_learn() -> None:
-    linear = pytest.importorskip("sklearn.linear_model")
+    linear = pytest.importorskip("sklearn.linear_model", reason="the peer scikit-learn is not installed")
     values, is_right = drawn(3000, seed=2)
     ours = fit_calibration(values, is_right, features=KNOWN, reader="r")
     x = np.array([[row[name] for name in KNOWN] for row in values])

@@ -26,7 +26,7 @@ from odqa.retrieve.dense import (
 from odqa.types import Passage
 from tests.tiny_models import TEXT, WORDS, tiny_bert
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 TEXTS = ["paris", "what is the capital of france", " ".join(WORDS[:90]), "old gold and the new moon " * 3, "x", ""]
 PASSAGES = [Passage(str(number), text, WORDS[number]) for number, text in enumerate([*TEXTS, *TEXT[:8]])]
 
@@ -39,7 +39,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["mean", "cls"])
 def sentence_transformer(request: pytest.FixtureRequest, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that sentence-transformers itself saved."""
-    pytest.importorskip("sentence_transformers")
+    pytest.importorskip("sentence_transformers", reason="the peer sentence-transformers is not installed")
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules
 

@@ -440,7 +440,7 @@ def test_auroc_counts_pairs_and_halves_of_ties() -> None:
 
 
 def test_auroc_is_that_of_scikit_learn() -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
+    metrics = pytest.importorskip("sklearn.metrics", reason="the peer scikit-learn is not installed")
     generator = np.random.default_rng(4)
     scores, is_right = generator.integers(0, 40, 300) / 40, generator.random(300) < 0.4  # many ties
     assert auroc(scores[is_right], scores[~is_right]) == pytest.approx(metrics.roc_auc_score(is_right, scores))

@@ -67,7 +67,7 @@ class TestBm25Retriever(RetrieverConformance):
 class TestRankBm25Retriever(RetrieverConformance):
     @pytest.fixture(scope="class")
     def retriever(self, tmp_path_factory: pytest.TempPathFactory) -> Bm25Retriever:
-        pytest.importorskip("rank_bm25")
+        pytest.importorskip("rank_bm25", reason="the peer needs the extra reference")
         path = tmp_path_factory.mktemp("reference") / "index"
         return Bm25Retriever(build_index(path, COLLECTION, source=SOURCE, bm25=Bm25Settings(engine="rank-bm25")))
 

@@ -125,7 +125,7 @@ def test_bytes_and_seconds_are_counted(http: HttpEngine) -> None:
 
 def test_a_prompt_is_tuned_through_the_server_as_in_process(http: HttpEngine, local: LocalEngine) -> None:
     """CMA-ES compares losses, so numbers that differ in the last bits lead to the same prompt: ranks decide."""
-    pytest.importorskip("cma")
+    pytest.importorskip("cma", reason="black-box tuning needs the extra blackbox")
     found: list[SearchResult] = []
     for engine in (local, http):
         examples = [Labelled(Prompted(text), row % 2) for row, text in enumerate(TEXTS)]
