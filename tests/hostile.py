@@ -106,3 +106,21 @@ def attacks(seed: int) -> Iterator[Attack]:
                 "Authorization": chance.choice(["Bearer", "x" * 5000, "B c"]),
             }
         yield Attack(method, path, data, headers)
+
+
+def ask_attacks(seed: int) -> Iterator[Attack]:
+    """The same of the routes that answer questions and keep marks."""
+    chance = random.Random(seed)
+    marked = f"ask-{'0' * 24}"
+    while True:
+        is_mark = chance.random() < 0.3
+        path = f"/ask/{chance.choice([marked, *NAMES])}/mark" if is_mark else "/ask"
+        body: dict[str, Any] = {"is_right": True} if is_mark else {"question": "a", "stream": None, "trace": False}
+        kind = chance.randrange(4)
+        if kind <= 1:
+            body[chance.choice([*body, "pipeline", "\ud800"])] = chance.choice(NASTY)
+        data = json.dumps(body).encode()
+        if kind == 2:
+            data = chance.choice([*RAW, data[: chance.randrange(len(data))]])
+        method = chance.choice(["POST"] * 6 + ["GET", "PUT", "DELETE", "BREW"])
+        yield Attack(method, path, data, {"Content-Type": chance.choice(["application/json"] * 4 + TYPES)})

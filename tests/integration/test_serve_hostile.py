@@ -18,7 +18,8 @@ import httpx
 import pytest
 
 from odqa.serve.limits import Limits
-from tests.hostile import Attack, attacks
+from tests.asked import asked_service, hostile_world
+from tests.hostile import Attack, ask_attacks, attacks
 from tests.served import listening, service_of, serving
 from tests.tiny_models import tiny_llama
 
@@ -100,6 +101,20 @@ def test_broken_http_is_survived(url: str) -> None:
     check_alive(url)
     for connection in silent:
         connection.close()
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(3000, marks=pytest.mark.slow)])
+def test_hostile_questions_are_answered(count: int, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Against a pipeline that answers: most are refused, the others get whole answers, nothing is a defect."""
+    with (
+        asked_service(hostile_world(root / f"world-{count}"), root / f"asked-{count}", LIMITS) as service,
+        listening(service) as url,
+    ):
+        found = send(url, list(itertools.islice(ask_attacks(count), count)))
+        assert httpx.get(f"{url}/healthz").json()["status"] == "ok"
+    sys.stdout.write(json.dumps({"statuses": dict(found)}) + "\n")  # seen with -s
+    assert sum(found.values()) == count and found[200] and found[400] and not found[429]
+    assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]
 
 
 @pytest.mark.slow
