@@ -131,7 +131,7 @@ class Gate:
             await JSONResponse(error.body(), error.status, headers)(scope, receive, tell)
         except ClientGone:
             status = status or 499
-        except Exception:
+        except Exception:  # a defect: the client gets one sentence, the log the rest
             log.exception("request failed", extra={"event": "failed", **facts})
             if not status:
                 await JSONResponse(internal(facts["request"]).body(), 500)(scope, receive, tell)

@@ -182,7 +182,7 @@ class Asker:
             self._end(job, "timeout" if error.code == "timeout" else "refused", error)
         except DataError as error:
             self._end(job, "refused", bad(_told(error), "question", code="bad_question"))
-        except Exception:
+        except Exception:  # a defect: it costs this question, not the thread that answers all others
             log.exception("asking failed", extra={"event": "failed", "ask": job.id})
             said = f"Internal error; the log has it under {job.id}."
             self._end(job, "failed", ApiError(500, said, code="internal_error"))

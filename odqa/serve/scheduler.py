@@ -371,7 +371,7 @@ def _tell(item: _Item, news: "Piece | Written | Exception") -> None:
         return
     try:
         item.ticket.report(item.number, news)
-    except Exception:
+    except Exception:  # a defect of who listens: it costs that listener, not the rows beside it
         log.exception("report failed", extra={"event": "report_failed"})
         item.ticket.cancel()
 
@@ -381,5 +381,5 @@ def _do(work: Callable[[], object], future: "Future[object]") -> None:
         return
     try:
         future.set_result(work())
-    except Exception as error:
+    except Exception as error:  # raised again where the future is waited for
         future.set_exception(error)
